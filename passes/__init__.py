@@ -1,0 +1,1 @@
+"""The compiler passes, one file each; installed and imported as `saq_fx.passes`."""

@@ -1,0 +1,160 @@
+"""Modules, methods and fused attention become functional calls on explicit operands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx, nn
+from torch.nn import functional as F  # noqa: N812
+
+from saq_fx.attention import can_open, open_multihead_attention
+from saq_fx.graph import SaqGraphModule
+from saq_fx.modes import TrainingFlag
+from saq_fx.operators import operator_named, operator_of
+from saq_fx.pass_base import Pass, PassResult
+from saq_fx.rewriting import as_proxies, replace_node
+
+_CONVOLUTIONS: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+}
+_TRANSPOSED: dict[type[nn.Module], str] = {
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+}
+_LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Rewrites every quantizable operation into one functional call with its operands as nodes.
+
+    - `conv(x)` becomes `conv2d(x, get_attr conv.weight, get_attr conv.bias, …)`; parameter names do not change.
+    - `x @ y`, `x.matmul(y)` and operator overloads become the table's canonical function.
+    - `nn.MultiheadAttention` becomes projections around `scaled_dot_product_attention`.
+    - parameters that are one tensor under several names are read by one node.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: SaqGraphModule) -> PassResult:
+        """Rewrites `gm` in place."""
+        modified = False
+        for node in list(gm.graph.nodes):
+            modified |= _rewrite_module(gm, node) if node.op == "call_module" else _rewrite_call(node)
+        modified |= _merge_tied_parameters(gm)
+        return PassResult(gm, modified)
+
+
+def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
+    module = gm.get_submodule(str(node.target))
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    kind = type(module)
+    expand: Callable[..., Any]
+    if kind in _CONVOLUTIONS:
+        expand = _expand_convolution
+    elif kind in _TRANSPOSED and len(node.args) == 1 and not node.kwargs:
+        expand = _expand_transposed_convolution
+    elif kind in _LINEAR:
+        expand = _expand_linear
+    elif kind is nn.MultiheadAttention and can_open(module):
+        expand = _expand_attention
+    else:
+        return False
+    replace_node(gm.graph, node, lambda tracer: expand(gm, node, _Operands(gm, node, tracer)), type(module))
+    return True
+
+
+def _rewrite_call(node: fx.Node) -> bool:
+    entry = operator_of(node)
+    if entry is None or "out" in node.kwargs:
+        return False
+    args, kwargs = list(node.args), dict(node.kwargs)
+    if entry.name == "einsum" and len(args) == 2 and isinstance(args[1], list | tuple):
+        args[1:] = list(args[1])
+    while len(args) < len(entry.parameters) and entry.parameters[len(args)] in kwargs:
+        args.append(kwargs.pop(entry.parameters[len(args)]))
+    before = (node.op, node.target, node.args, node.kwargs)
+    node.op, node.target, node.args, node.kwargs = "call_function", entry.function, tuple(args), kwargs
+    return before != (node.op, node.target, node.args, node.kwargs)
+
+
+class _Operands:
+    """Makes the proxies that an expansion of one module call works on."""
+
+    def __init__(self, gm: SaqGraphModule, node: fx.Node, tracer: fx.proxy.GraphAppendingTracer) -> None:
+        self._gm, self._node, self._tracer = gm, node, tracer
+        self.args: tuple[Any, ...]
+        self.kwargs: dict[str, Any]
+        self.args, self.kwargs = as_proxies((node.args, node.kwargs), tracer)
+
+    @property
+    def input(self) -> fx.Proxy:
+        """The module's single input."""
+        (value,) = (*self.args, *self.kwargs.values())
+        proxy: fx.Proxy = value
+        return proxy
+
+    def parameter(self, name: str) -> fx.Proxy | None:
+        """A parameter of the module, None where it has none."""
+        owner, _, field = f"{self._node.target}.{name}".rpartition(".")
+        if getattr(self._gm.get_submodule(owner), field, None) is None:
+            return None
+        return fx.Proxy(self._node.graph.get_attr(f"{owner}.{field}"), self._tracer)
+
+    def training(self) -> fx.Proxy:
+        """The module's training flag."""
+        module = self._gm.get_submodule(str(self._node.target))
+        if not hasattr(module, "training_flag"):
+            module.training_flag = TrainingFlag().train(module.training)
+        return fx.Proxy(self._node.graph.call_module(f"{self._node.target}.training_flag"), self._tracer)
+
+
+def _expand_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
+    conv: Any = gm.get_submodule(str(node.target))
+    x, padding = operands.input, conv.padding
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)  # type: ignore[arg-type]
+        padding = 0
+    function = operator_named(_CONVOLUTIONS[type(conv)]).function
+    weight, bias = operands.parameter("weight"), operands.parameter("bias")
+    return function(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def _expand_transposed_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
+    conv: Any = gm.get_submodule(str(node.target))
+    function = operator_named(_TRANSPOSED[type(conv)]).function
+    weight, bias = operands.parameter("weight"), operands.parameter("bias")
+    return function(
+        operands.input, weight, bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+    )
+
+
+def _expand_linear(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
+    return F.linear(operands.input, operands.parameter("weight"), operands.parameter("bias"))  # type: ignore[arg-type]
+
+
+def _expand_attention(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
+    attention: Any = gm.get_submodule(str(node.target))
+    return open_multihead_attention(
+        attention, operands.parameter, operands.training, *operands.args, **operands.kwargs
+    )
+
+
+def _merge_tied_parameters(gm: SaqGraphModule) -> bool:
+    first: dict[int, fx.Node] = {}
+    modified = False
+    for node in list(gm.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        owner, _, name = str(node.target).rpartition(".")
+        kept = first.setdefault(id(getattr(gm.get_submodule(owner), name)), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            gm.graph.erase_node(node)
+            modified = True
+    return modified

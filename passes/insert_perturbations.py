@@ -1,0 +1,192 @@
+"""Leaf tensors next to the weight quantizers, through which a sharpness-aware step perturbs the weights."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from saq_fx.annotation import inherit_owner, record_of, update_record
+from saq_fx.errors import PassError
+from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.pass_base import Pass, PassResult, check_facts
+from saq_fx.sharpness import Perturbation
+
+# Case -> (where the gradient is read, where the perturbation enters), as sides of the quantizer.
+CASES = {1: ("before", "after"), 2: ("before", "before"), 3: ("after", "after")}
+
+
+@dataclass(frozen=True)
+class InsertPerturbations(Pass):
+    """Inserts a `Perturbation` next to every weight quantizer: `Q(w) -> Q(w) + delta` or `Q(w + delta)`.
+
+    The case says where the perturbation enters and whose gradient defines it (SAQ, arXiv 2111.12273, 4.2):
+
+    1. `L(Q(w) + eps(w))`: after the quantizer; the gradient of its input, read at a second leaf before it.
+    2. `L(Q(w + eps(w)))`: before the quantizer; the gradient of its input.
+    3. `L(Q(w) + eps(Q(w)))`: after the quantizer; the gradient of its output.
+
+    A tied weight has one leaf. Leaves of another case are moved; a graph without quantizers stays as it is.
+
+    Raises:
+        PassError: no such case.
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"perturbations"})
+
+    case: int = 3
+
+    def __post_init__(self) -> None:
+        if self.case not in CASES:
+            raise PassError(f"there is no perturbation case {self.case!r}: use 1, 2 or 3")
+
+    def run(self, gm: SaqGraphModule) -> PassResult:
+        quantizers = _weight_quantizers(gm)
+        wanted = {_leaf_path(target, side) for target in quantizers for side in CASES[self.case]}
+        modified = wanted != set(_leaves(gm))
+        if modified:
+            _remove(gm)
+            for path in wanted:
+                gm.add_submodule(path, Perturbation())
+            for target, nodes in quantizers.items():
+                for node in nodes:
+                    for side in set(CASES[self.case]):
+                        _insert(node, _leaf_path(target, side), side)
+        update_record(gm, perturbation_case=self.case)
+        return PassResult(gm, modified)
+
+
+@dataclass(frozen=True)
+class RemovePerturbations(Pass):
+    """Takes every `Perturbation` out: `Q(w) + delta -> Q(w)`. For graphs to be saved or lowered."""
+
+    def run(self, gm: SaqGraphModule) -> PassResult:
+        modified = _remove(gm)
+        update_record(gm, perturbation_case=None)
+        return PassResult(gm, modified)
+
+
+def _weight_quantizers(gm: SaqGraphModule) -> dict[str, list[fx.Node]]:
+    """The nodes that call each weight quantizer, by its path."""
+    targets = {
+        layer.weight_quantizer for _, layer in layers(gm) if layer.weight_quantizer and not layer.is_product
+    }
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and node.target in targets:
+            calls.setdefault(str(node.target), []).append(node)
+    return calls
+
+
+def _leaf_path(quantizer: str, side: str) -> str:
+    return f"{quantizer}_delta_{side}"
+
+
+def _leaf(gm: SaqGraphModule, quantizer: str, side: str) -> Perturbation:
+    leaf: Any = gm.get_submodule(_leaf_path(quantizer, side))
+    return leaf  # type: ignore[no-any-return]
+
+
+def _leaves(gm: SaqGraphModule) -> list[str]:
+    return [path for path, module in gm.named_modules() if isinstance(module, Perturbation)]
+
+
+def _insert(quantizer: fx.Node, path: str, side: str) -> None:
+    graph = quantizer.graph
+    if side == "before":
+        with graph.inserting_before(quantizer):
+            leaf = graph.call_module(path, (quantizer.args[0],))
+        quantizer.update_arg(0, leaf)
+    else:
+        with graph.inserting_after(quantizer):
+            leaf = graph.call_module(path, (quantizer,))
+        quantizer.replace_all_uses_with(leaf, delete_user_cb=lambda user: user is not leaf)
+    inherit_owner(leaf, quantizer)
+
+
+def _remove(gm: SaqGraphModule) -> bool:
+    paths = _leaves(gm)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module" and node.target in paths:
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+    for path in paths:
+        gm.delete_submodule(path)
+    return bool(paths)
+
+
+@dataclass(frozen=True)
+class PerturbedWeight:
+    """A quantized weight: the leaves that read its gradient and perturb it, the parameters it is made of."""
+
+    gradient: Perturbation
+    perturbation: Perturbation
+    parameters: tuple[nn.Parameter, ...]
+    shape: torch.Size
+
+
+def perturbed_weights(gm: SaqGraphModule) -> list[PerturbedWeight]:
+    """Every quantized weight that has trainable parameters behind it, in the order of execution.
+
+    Raises:
+        PassError: the graph has no perturbation leaves.
+    """
+    check_facts(gm, InsertPerturbations.gives, "perturbed_weights")
+    sides = CASES[record_of(gm).perturbation_case or 0]
+    found = []
+    for target, (node, *_) in _weight_quantizers(gm).items():
+        parameters = _parameters_behind(gm, node)
+        if parameters:
+            gradient, perturbation = (_leaf(gm, target, side) for side in sides)
+            with torch.no_grad():
+                shape = _value(fx.Interpreter(gm), node.all_input_nodes[0]).shape
+            found.append(PerturbedWeight(gradient, perturbation, parameters, shape))
+    return found
+
+
+def _parameters_behind(gm: SaqGraphModule, quantizer: fx.Node) -> tuple[nn.Parameter, ...]:
+    """The parameters that a quantizer's input is computed from: several, where weights are parametrized."""
+    found: dict[nn.Parameter, None] = {}
+    ahead = list(quantizer.all_input_nodes)
+    while ahead:
+        node = ahead.pop()
+        ahead.extend(node.all_input_nodes)
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            tensor = getattr(gm.get_submodule(owner), name)
+            if isinstance(tensor, nn.Parameter):
+                found[tensor] = None
+    return tuple(found)
+
+
+def _value(interpreter: fx.Interpreter, node: fx.Node) -> Any:
+    """The value of a node that depends on no input of the graph."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: _value(interpreter, operand))
+    return getattr(interpreter, node.op)(node.target, args, kwargs)
+
+
+@contextmanager
+def zero_deltas(weights: Sequence[PerturbedWeight]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Gives every leaf a zero delta that collects a gradient, and takes them away on leaving.
+
+    Yields, per weight and of its shape, the tensor whose gradient defines the perturbation and the one through
+    which it enters: the same one in cases 2 and 3. In case 3 they stand for the quantized weights, so that
+    `lambda_max` with respect to them is the sharpness that SAQ lowers.
+    """
+    pairs = []
+    try:
+        for weight in weights:
+            delta = _zeros(weight)
+            source = delta if weight.gradient is weight.perturbation else _zeros(weight)
+            weight.gradient.delta, weight.perturbation.delta = source, delta
+            pairs.append((source, delta))
+        yield pairs
+    finally:
+        for weight in weights:
+            weight.gradient.delta = weight.perturbation.delta = None
+
+
+def _zeros(weight: PerturbedWeight) -> Tensor:
+    return weight.parameters[0].detach().new_zeros(weight.shape).requires_grad_()

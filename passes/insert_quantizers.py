@@ -1,0 +1,165 @@
+"""Puts a quantizer node on every quantized tensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from saq_fx.annotation import LayerAnnotation, record_of, update, update_record
+from saq_fx.dataflow import tensor_at
+from saq_fx.graph import SaqGraphModule, layers, unused_path
+from saq_fx.operators import operator_named
+from saq_fx.pass_base import Pass, PassResult
+from saq_fx.precision import matching_layers
+from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
+from saq_fx.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class InsertQuantizers(Pass):
+    """Wraps both operands of every layer in quantizer nodes.
+
+    `conv2d(x, w)` becomes `conv2d(conv.input_quantizer(x), conv.weight_quantizer(w))`, and a product's second operand
+    goes through `other_quantizer`. One weight has one quantizer, however many layers read it. The network's own input
+    gets none. Activations that cannot be negative are unsigned, all others signed (LSQ+): METHOD section 1.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    needs: ClassVar[frozenset[str]] = frozenset({"annotations", "precision"})
+    gives: ClassVar[frozenset[str]] = frozenset({"quantizers"})
+
+    def run(self, gm: SaqGraphModule) -> PassResult:
+        """Rewrites `gm` in place; layers that have their quantizers already stay as they are."""
+        scheme = self.recipe.scheme or ("lsq" if _has_attention(gm) else "clip")
+        signed = _signed_overrides(gm, self.recipe)
+        modified = record_of(gm).recipe != self.recipe
+        for node, layer in list(layers(gm)):
+            layer = update(node, activation_signed=signed.get(layer.name, layer.activation_signed))
+            if layer.input_quantizer is None and not layer.reads_network_input:
+                make = _activation_quantizer_maker(layer, scheme, layer.activation_signed)
+                _insert(gm, node, layer, layer.activation_operand, "input_quantizer", make)
+                modified = True
+            if layer.weight_quantizer is None:
+                _insert_second(gm, node, layer, scheme, self.recipe)
+                modified = True
+        update_record(gm, recipe=self.recipe)
+        return PassResult(gm, modified)
+
+
+def _has_attention(gm: SaqGraphModule) -> bool:
+    return any(layer.is_product for _, layer in layers(gm))
+
+
+def _signed_overrides(gm: SaqGraphModule, recipe: Recipe) -> dict[str, bool]:
+    names = [layer.name for _, layer in layers(gm)]
+    return {
+        name: signed for pattern, signed in recipe.signed.items() for name in matching_layers(pattern, names)
+    }
+
+
+def _insert_second(gm: SaqGraphModule, node: fx.Node, layer: LayerAnnotation, scheme: str, recipe: Recipe) -> None:
+    if layer.is_product:
+        make = _activation_quantizer_maker(layer, scheme, layer.weight_signed)
+        _insert(gm, node, layer, layer.weight_operand, "other_quantizer", make)
+        return
+    weight: fx.Node = node.args[layer.weight_operand]  # type: ignore[assignment]
+    shared = next((user for user in weight.users if _is_weight_quantizer(gm, user)), None)
+    if shared is not None:
+        node.replace_input_with(weight, shared)
+        update(node, weight_quantizer=str(shared.target))
+        return
+    channels = _output_channels(gm, layer, weight) if recipe.per_channel else None
+    _insert(
+        gm,
+        node,
+        layer,
+        layer.weight_operand,
+        "weight_quantizer",
+        lambda device, dtype: _weight_quantizer(layer, scheme, recipe, channels, device, dtype),
+    )
+
+
+def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
+    name = str(node.target).rpartition(".")[2]
+    return node.op == "call_module" and "weight_quantizer" in name and isinstance(
+        gm.get_submodule(str(node.target)), Quantizer
+    )
+
+
+QuantizerMaker = Callable[[torch.device | None, torch.dtype | None], Quantizer]
+
+
+def _activation_quantizer_maker(layer: LayerAnnotation, scheme: str, signed: bool) -> QuantizerMaker:
+    bits = _precision(layer)[1]
+    if signed:
+        return lambda device, dtype: StepQuantizer(bits, signed=True, offset=True, device=device, dtype=dtype)
+    if scheme == "lsq":
+        return lambda device, dtype: StepQuantizer(bits, signed=False, device=device, dtype=dtype)
+    return lambda device, dtype: ClipActivationQuantizer(bits, device=device, dtype=dtype)
+
+
+def _weight_quantizer(
+    layer: LayerAnnotation,
+    scheme: str,
+    recipe: Recipe,
+    channels: tuple[int, int] | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> Quantizer:
+    bits = _precision(layer)[0]
+    axis, count = channels if channels is not None else (0, None)
+    if scheme == "lsq":
+        return StepQuantizer(bits, signed=True, channels=count, channel_axis=axis, device=device, dtype=dtype)
+    normalize = recipe.normalize_weights and layer.op.startswith("conv")
+    return ClipWeightQuantizer(
+        bits, channels=count, channel_axis=axis, normalize=normalize, device=device, dtype=dtype
+    )
+
+
+def _precision(layer: LayerAnnotation) -> tuple[int, int]:
+    if layer.precision is None:
+        raise ValueError(f"layer {layer.name} has no precision")
+    return layer.precision.weight, layer.precision.activation
+
+
+def _output_channels(gm: SaqGraphModule, layer: LayerAnnotation, weight: fx.Node) -> tuple[int, int] | None:
+    """Axis and number of a weight's output channels; None (one level a tensor) where the axis depends on the call."""
+    axis = operator_named(layer.op).channel_axis
+    tensor = tensor_at(gm, str(weight.target)) if weight.op == "get_attr" else None
+    shape = tuple(tensor.shape) if tensor is not None else layer.weight_shape
+    swapped = layer.weight_operand < layer.activation_operand
+    if axis is None or shape is None or swapped or len(shape) < 2:
+        return None
+    return axis % len(shape), shape[axis]
+
+
+def _insert(
+    gm: SaqGraphModule, node: fx.Node, layer: LayerAnnotation, operand: int, name: str, make: QuantizerMaker
+) -> None:
+    """Adds a quantizer module under the layer's path and its node in front of one operand."""
+    source: fx.Node = node.args[operand]  # type: ignore[assignment]
+    path = _quantizer_path(gm, layer.name, name)
+    reference = tensor_at(gm, layer.weight) if layer.weight is not None else next(gm.parameters(), None)
+    device = reference.device if reference is not None else None
+    dtype = reference.dtype if reference is not None and reference.is_floating_point() else None
+    gm.add_submodule(path, make(device, dtype))
+    with gm.graph.inserting_after(source) if name == "weight_quantizer" else gm.graph.inserting_before(node):
+        quantizer = gm.graph.call_module(path, (source,))
+    args = list(node.args)
+    args[operand] = quantizer
+    node.args = tuple(args)
+    field_name = "input_quantizer" if name == "input_quantizer" else "weight_quantizer"
+    update(node, **{field_name: path})
+
+
+def _quantizer_path(gm: SaqGraphModule, layer: str, name: str) -> str:
+    """`layer.input_quantizer`; `layer.input_quantizer_1` for a further call of it, `layer@1`."""
+    base, _, _ = layer.partition("@")
+    holder: nn.Module | None = gm
+    for part in base.split("."):
+        holder = getattr(holder, part, None)
+    if holder is not None and not isinstance(holder, nn.Module):
+        return unused_path(gm, f"{base}_{name}")
+    return unused_path(gm, f"{base}.{name}")

@@ -1,0 +1,158 @@
+"""The one place that touches `node.meta`: what the compiler knows of each quantizable node, and of the graph.
+
+Annotations are frozen and hold no `Node`, so that they survive copies of the graph. A pass changes one by
+`update(node, precision=...)`, which replaces it.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from saq_fx.precision import Precision
+from saq_fx.recipe import Recipe
+
+_KEY = "saq_fx"
+_TRAINING_ONLY = "saq_fx_training_only"
+_OWNER = "nn_module_stack"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerAnnotation:
+    """What is known of one quantizable node (one call of one layer).
+
+    `activation_operand` and `weight_operand` are positions in the node's arguments. In a product of two activations
+    (`weight is None`) the weight operand is the second activation. `macs` counts multiply-adds for one sample;
+    shapes are those of one sample batch, None where the model was prepared without example inputs.
+    """
+
+    name: str
+    op: str
+    activation_operand: int
+    weight_operand: int
+    weight: str | None
+    choice_group: str
+    module_classes: tuple[str, ...] = ()
+    macs: int | None = None
+    activation_shape: Shape | None = None
+    weight_shape: Shape | None = None
+    output_shape: Shape | None = None
+    position: str | None = None
+    reads_network_input: bool = False
+    activation_signed: bool = True
+    weight_signed: bool = True
+    pinned: Precision | None = None
+    precision: Precision | None = None
+    input_quantizer: str | None = None
+    weight_quantizer: str | None = None
+
+    @property
+    def is_product(self) -> bool:
+        """Whether both operands are activations, as in attention."""
+        return self.weight is None
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """What is known of a graph as a whole.
+
+    `tracing` is the way taken from model to graph; `uncounted` lists operations with arithmetic whose MACs are not in
+    the report, as (name, reason); `recipe` is what the quantizers were made by, None before they were.
+    """
+
+    tracing: str = "given graph"
+    uncounted: tuple[tuple[str, str], ...] = ()
+    annotated: bool = False
+    recipe: Recipe | None = None
+    perturbation_case: int | None = None
+
+
+def annotation_of(node: fx.Node) -> LayerAnnotation | None:
+    """The annotation of a quantizable node, None for any other node."""
+    return node.meta.get(_KEY)
+
+
+def annotate(node: fx.Node, annotation: LayerAnnotation | None) -> None:
+    """Sets, replaces or (None) removes the annotation of a node."""
+    if annotation is None:
+        node.meta.pop(_KEY, None)
+    else:
+        node.meta[_KEY] = annotation
+
+
+def update(node: fx.Node, **changes: Any) -> LayerAnnotation:
+    """Replaces fields of a node's annotation and returns the new one."""
+    annotation = replace(node.meta[_KEY], **changes)
+    node.meta[_KEY] = annotation
+    return annotation
+
+
+def layer_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, LayerAnnotation]]:
+    """The annotated nodes of one graph, in the order of execution."""
+    for node in graph.nodes:
+        annotation = annotation_of(node)
+        if annotation is not None:
+            yield node, annotation
+
+
+def record_of(gm: fx.GraphModule) -> GraphRecord:
+    """The record of the graph as a whole; an empty one where no pass has written any."""
+    record: GraphRecord = gm.meta.get(_KEY, GraphRecord())
+    return record
+
+
+def update_record(gm: fx.GraphModule, **changes: Any) -> GraphRecord:
+    """Replaces fields of the graph's record and returns the new one."""
+    record = replace(record_of(gm), **changes)
+    gm.meta[_KEY] = record
+    return record
+
+
+def owner_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made this node; '' at the root or where tracing left no trace."""
+    stack = node.meta.get(_OWNER)
+    if not stack:
+        return ""
+    innermost = list(stack.values())[-1]
+    return str(innermost[0])
+
+
+def inherit_owner(new: fx.Node, old: fx.Node, module: tuple[str, type] | None = None) -> None:
+    """Gives a node that replaces `old` its owner and mode; `module` = (path, class) adds a leaf that was opened."""
+    stack = dict(old.meta.get(_OWNER) or {})
+    if module is not None:
+        stack[module[0]] = module
+    new.meta[_OWNER] = stack
+    if is_training_only(old):
+        mark_training_only(new)
+
+
+def mark_training_only(node: fx.Node) -> None:
+    """Notes that only the training mode uses this node's result."""
+    node.meta[_TRAINING_ONLY] = True
+
+
+def is_training_only(node: fx.Node) -> bool:
+    """Whether only the training mode uses this node's result."""
+    return bool(node.meta.get(_TRAINING_ONLY, False))
+
+
+def owner_classes(node: fx.Node) -> tuple[str, ...]:
+    """Class names of the modules around a node, outermost first."""
+    stack = node.meta.get(_OWNER) or {}
+    return tuple(cls.__name__ if isinstance(cls, type) else str(cls).rsplit(".", 1)[-1] for _, cls in stack.values())
+
+
+def dump_meta(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
+    """What pickling keeps of each node's meta: its annotation and its owner."""
+    kept = (_KEY, _OWNER, _TRAINING_ONLY)
+    return [{key: node.meta[key] for key in kept if key in node.meta} for node in nodes]
+
+
+def restore_meta(nodes: Iterable[fx.Node], metas: Iterable[dict[str, Any]]) -> None:
+    """The inverse of `dump_meta`, on nodes in the same order."""
+    for node, meta in zip(nodes, metas, strict=True):
+        node.meta.update(meta)

@@ -1,0 +1,152 @@
+"""The graph module that the compiler works on: an `fx.GraphModule` that loses nothing when copied or pickled."""
+
+import copy
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.graph_module import _copy_attr
+from torch.fx.node import _get_qualified_name
+
+from saq_fx import annotation
+from saq_fx.annotation import LayerAnnotation
+
+
+class SaqGraphModule(fx.GraphModule):
+    """A traced model whose parameters, names, annotations and record survive every kind of copy.
+
+    `fx.GraphModule` keeps only what its graph refers to and drops `node.meta` on pickling. This one keeps all
+    parameters and buffers of the model (so that float checkpoints load) and pickles the graph itself.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "SaqGraphModule") -> None:
+        super().__init__(root, graph, class_name)
+        present = self.state_tensor_names()
+        tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+        for name, _ in tensors:
+            if name not in present:
+                _copy_attr(root, self, name)
+        self._keep_out_of_state({name for name, _ in self.named_buffers()} - set(root.state_dict(keep_vars=True)))
+        self.training = root.training
+
+    def _keep_out_of_state(self, buffers: set[str]) -> None:
+        """Buffers that the model does not save (constants met while tracing, too) are not saved here either."""
+        for path in buffers:
+            owner, _, name = path.rpartition(".")
+            self.get_submodule(owner)._non_persistent_buffers_set.add(name)
+
+    def state_tensor_names(self) -> set[str]:
+        """Names of all parameters and buffers, every alias of a tied one included."""
+        parameters = (name for name, _ in self.named_parameters(remove_duplicate=False))
+        buffers = (name for name, _ in self.named_buffers(remove_duplicate=False))
+        return {*parameters, *buffers}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SaqGraphModule":
+        copied: SaqGraphModule = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        state = {key: value for key, value in self.__dict__.items() if key != "_graph"}
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        copied.graph = copy.deepcopy(self.graph, memo)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
+        return _rebuild, (state, _dump_graph(self.graph))
+
+
+def _dump_graph(graph: fx.Graph) -> dict[str, Any]:
+    """The graph as plain data: nodes by position, references to nodes as `_Reference`."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+
+    def by_position(value: Any) -> Any:
+        return fx.map_arg(value, lambda node: _Reference(position[node]))
+
+    nodes = [
+        (node.op, node.name, _dump_target(node.target), by_position(node.args), by_position(node.kwargs))
+        for node in graph.nodes
+    ]
+    return {"nodes": nodes, "metas": annotation.dump_meta(graph.nodes), "codegen": graph._codegen}
+
+
+def _dump_target(target: Any) -> Any:
+    """A function by its public name, since several of torch's (`F.max_pool2d`, operator overloads) do not pickle."""
+    if isinstance(target, str):
+        return target
+    name = _get_qualified_name(target)
+    return _Function(name) if _find_function(name) is target else target
+
+
+def _find_function(name: str) -> Any:
+    module, *path = name.split(".") if "." in name else ("builtins", name)
+    found: Any = importlib.import_module(module)
+    for part in path:
+        found = getattr(found, part, None)
+    return found
+
+
+class _Function:
+    """Stands for a function of a pickled graph, by its qualified name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _Reference:
+    """Stands for the node at a position of a pickled graph."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+
+def _load_graph(data: dict[str, Any]) -> fx.Graph:
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+    for op, name, target, args, kwargs in data["nodes"]:
+        target = _find_function(target.name) if isinstance(target, _Function) else target
+        node = graph.create_node(op, target, _resolve(args, nodes), _resolve(kwargs, nodes), name=name)
+        nodes.append(node)
+    annotation.restore_meta(nodes, data["metas"])
+    graph.set_codegen(data["codegen"])
+    return graph
+
+
+def _resolve(value: Any, nodes: list[fx.Node]) -> Any:
+    if isinstance(value, _Reference):
+        return nodes[value.position]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_resolve(item, nodes) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_resolve(item, nodes) for item in value)
+    if isinstance(value, dict):
+        return {key: _resolve(item, nodes) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_resolve(item, nodes) for item in (value.start, value.stop, value.step)))
+    return value
+
+
+def _rebuild(state: dict[str, Any], graph: dict[str, Any]) -> SaqGraphModule:
+    module: SaqGraphModule = SaqGraphModule.__new__(SaqGraphModule)
+    module.__dict__.update(state)
+    module.graph = _load_graph(graph)
+    return module
+
+
+def layers(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerAnnotation]]:
+    """Every annotated layer of a prepared model, in the order of execution."""
+    yield from annotation.layer_nodes(gm.graph)
+
+
+def unused_path(gm: nn.Module, path: str) -> str:
+    """`path`, or `path_1`, `path_2`, … where an attribute of that name is taken."""
+    parent_path, _, name = path.rpartition(".")
+    parent: Any = gm
+    for part in parent_path.split(".") if parent_path else []:
+        parent = getattr(parent, part, None)
+        if parent is None:
+            return path
+    candidate, index = name, 0
+    while hasattr(parent, candidate):
+        index += 1
+        candidate = f"{name}_{index}"
+    return f"{parent_path}.{candidate}" if parent_path else candidate

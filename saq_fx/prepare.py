@@ -1,0 +1,111 @@
+"""From a float model to an annotated, quantized graph; and changing its bits afterwards."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from saq_fx.annotation import LayerAnnotation, record_of
+from saq_fx.errors import CalibrationError, PrecisionError, SaqError
+from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.pass_base import Pipeline, check_facts
+from saq_fx.passes.annotate_layers import AnnotateLayers
+from saq_fx.passes.assign_precision import AssignPrecision
+from saq_fx.passes.calibrate import Calibrate
+from saq_fx.passes.canonicalize import Canonicalize
+from saq_fx.passes.insert_quantizers import InsertQuantizers
+from saq_fx.passes.open_attention import OpenAttention
+from saq_fx.precision import Policy, Precision
+from saq_fx.quantizers import Quantizer
+from saq_fx.recipe import Recipe
+from saq_fx.tracing import ExampleInputs, trace
+
+
+def prepare_saq(
+    model: nn.Module,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    precision: str | Precision | Policy | None = "W4A4",
+    recipe: Recipe | None = None,
+) -> SaqGraphModule:
+    """Rewrites a model into a quantized graph with a precision on every layer. The model itself is not changed.
+
+    Args:
+        model: any module, or a `GraphModule` traced before.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Gives shapes and MACs (for
+            one sample) and first clipping levels. Without it reports and budgets are not available, and levels are
+            set by the first batch that the graph sees.
+        precision: bits of every layer but the pinned first and last ones ("W4A4", a Precision), a Policy, or None:
+            the float graph, which reproduces the model.
+        recipe: how quantizers are made; the default suits the network (see `Recipe`).
+
+    Raises:
+        TracingError: the model cannot be captured; names the module and the source line.
+        PatternError: a policy's pattern matches no layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise SaqError(f"prepare_saq takes an nn.Module, not {type(model).__name__}")
+    gm = trace(model, example_inputs)
+    if record_of(gm).recipe is not None:
+        raise SaqError("this graph is quantized already: use apply_policy to change its bits")
+    if precision is None:
+        Pipeline((Canonicalize(), AnnotateLayers(example_inputs))).run(gm)
+        return gm
+    recipe = recipe or Recipe()
+    policy = precision if isinstance(precision, Policy) else Policy.uniform(precision)
+    Pipeline(
+        (
+            Canonicalize(),
+            OpenAttention(),
+            AnnotateLayers(example_inputs),
+            AssignPrecision(policy, recipe.first_last),
+            InsertQuantizers(recipe),
+            Calibrate(() if example_inputs is None else (example_inputs,)),
+        )
+    ).run(gm)
+    return gm
+
+
+def apply_policy(gm: SaqGraphModule, policy: Policy | Precision | str) -> None:
+    """Changes the bits of a prepared graph in place.
+
+    Layers that the policy does not name keep theirs. Where bits change, clipping levels are fitted anew: a weight's
+    and an activation's at the next forward; call `calibrate` to set them from data of your choice.
+
+    Raises:
+        PatternError: a name or pattern that matches no layer.
+        PassError: the graph was prepared with precision=None.
+    """
+    check_facts(gm, frozenset({"annotations", "quantizers"}), "apply_policy")
+    policy = policy if isinstance(policy, Policy) else Policy.uniform(policy)
+    Pipeline((AssignPrecision(policy),)).run(gm)
+    for _, layer in layers(gm):
+        for quantizer, bits in layer_quantizers(gm, layer):
+            quantizer.set_bits(bits)
+
+
+def layer_quantizers(gm: SaqGraphModule, layer: LayerAnnotation) -> Iterable[tuple[Quantizer, int]]:
+    """A layer's quantizer modules, each with the bits that the layer's precision gives it."""
+    if layer.precision is None:
+        raise PrecisionError(f"layer {layer.name} has no precision")
+    pairs = ((layer.weight_quantizer, layer.precision.weight), (layer.input_quantizer, layer.precision.activation))
+    for path, bits in pairs:
+        if path is not None:
+            quantizer: Any = gm.get_submodule(path)
+            yield quantizer, bits
+
+
+def calibrate(gm: SaqGraphModule, batches: Iterable[ExampleInputs]) -> None:
+    """Sets every clipping level from data: weights from themselves, activations from the batches.
+
+    Args:
+        batches: inputs of the model, each a tensor, a tuple of positional inputs or a dict of keyword inputs.
+
+    Raises:
+        CalibrationError: no batch, or values that are not finite.
+        PassError: the graph has no quantizers.
+    """
+    batches = tuple(batches)
+    if not batches:
+        raise CalibrationError("calibration got no batches: pass at least one")
+    Pipeline((Calibrate(batches),)).run(gm)

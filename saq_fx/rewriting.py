@@ -1,0 +1,54 @@
+"""Replacing a node by what a function records on proxies."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from saq_fx.annotation import inherit_owner
+
+Tracer = fx.proxy.GraphAppendingTracer
+
+
+def as_proxies(value: Any, tracer: Tracer) -> Any:
+    """Nodes in nested arguments become proxies; one node is one proxy, so that `is` still tells equal operands."""
+    proxies: dict[fx.Node, fx.Proxy] = {}
+    return fx.node.map_aggregate(
+        value, lambda item: proxies.setdefault(item, fx.Proxy(item, tracer)) if isinstance(item, fx.Node) else item
+    )
+
+
+def replace_node(
+    graph: fx.Graph,
+    node: fx.Node,
+    expansion: Callable[[Tracer], Any],
+    module_class: type | None = None,
+) -> None:
+    """Puts what `expansion` records in the place of a node; the new nodes inherit its owner."""
+    previous = node.prev
+    with graph.inserting_before(node):
+        result = expansion(Tracer(graph))
+    module = (str(node.target), module_class) if module_class is not None else None
+    new = previous.next
+    while new is not node:
+        inherit_owner(new, node, module)
+        new = new.next
+    value = fx.node.map_aggregate(result, lambda item: item.node if isinstance(item, fx.Proxy) else item)
+    _substitute(graph, node, value)
+
+
+def _substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Replaces uses of a node by a node, or by a tuple of nodes whose items users have picked."""
+    if isinstance(value, fx.Node):
+        node.replace_all_uses_with(value)
+    else:
+        for user in list(node.users):
+            if user.target is operator.getitem and isinstance(value[user.args[1]], fx.Node):
+                user.replace_all_uses_with(value[user.args[1]])
+                graph.erase_node(user)
+            else:
+                swap = lambda item: value if item is node else item
+                user.args = fx.node.map_aggregate(user.args, swap)  # type: ignore[assignment]
+                user.kwargs = fx.node.map_aggregate(user.kwargs, swap)  # type: ignore[assignment]
+    graph.erase_node(node)

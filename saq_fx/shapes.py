@@ -1,0 +1,121 @@
+"""Shapes of every tensor in a graph, found by running it once."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from saq_fx.annotation import Shape
+from saq_fx.errors import TracingError
+from saq_fx.graph import SaqGraphModule
+from saq_fx.tracing import ExampleInputs, split_inputs
+
+
+def output_shapes(gm: SaqGraphModule, example_inputs: ExampleInputs) -> dict[fx.Node, Shape]:
+    """Shape of each node's tensor, for one sample, in evaluation mode.
+
+    The first axis that all example tensors share is taken for the batch and cut to one sample; where the model does
+    not run on that, or where a cut would change more than the first axis of its layers, the inputs are taken whole.
+
+    Raises:
+        TracingError: the graph does not run on the example inputs.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    whole = _run(gm, args, kwargs)
+    batch = _batch_size((args, kwargs))
+    if batch is None or batch == 1:
+        return whole
+    try:
+        single = _run(gm, *_first_sample((args, kwargs)))
+    except TracingError:
+        return whole
+    return single if _cut_only_the_batch(whole, single, batch) else whole
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within: evaluation mode without gradients. Afterwards each submodule has the mode it had."""
+    modes = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for each, mode in modes.items():
+            each.training = mode
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def __init__(self, gm: SaqGraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=True)
+        self.shapes: dict[fx.Node, Shape] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+        return value
+
+
+def bind_inputs(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The graph's placeholders' values, in order, from positional and keyword inputs.
+
+    Raises:
+        TracingError: an input that the graph does not take, or a required one that is missing.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in placeholders]
+    unknown = set(kwargs) - set(names)
+    if unknown or len(args) > len(names):
+        raise TracingError(f"the model takes inputs {', '.join(names)}; got {len(args)} positional and {sorted(kwargs)}")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    missing = [node.target for node in placeholders if node.target not in given and not node.args]
+    if missing:
+        raise TracingError(f"example_inputs lack {', '.join(map(str, missing))}")
+    return tuple(given[str(node.target)] if node.target in given else node.args[0] for node in placeholders)
+
+
+def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Shape]:
+    recorder = _ShapeRecorder(gm)
+    inputs = bind_inputs(gm, args, kwargs)
+    try:
+        with evaluating(gm), torch.random.fork_rng():
+            recorder.run(*inputs)
+    except Exception as error:
+        shapes = [tuple(each.shape) for each in _tensors((args, kwargs))]
+        raise TracingError(f"the graph does not run on the example inputs of shapes {shapes}: {error}") from error
+    return recorder.shapes
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    fx.node.map_aggregate(value, lambda item: found.append(item) if isinstance(item, Tensor) else None)
+    return found
+
+
+def _batch_size(inputs: Any) -> int | None:
+    """The common length of the first axis of all input tensors, None where they differ."""
+    lengths = {tensor.shape[0] for tensor in _tensors(inputs) if tensor.dim() > 0}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _first_sample(inputs: Any) -> Any:
+    return fx.node.map_aggregate(
+        inputs, lambda item: item[:1] if isinstance(item, Tensor) and item.dim() > 0 else item
+    )
+
+
+def _cut_only_the_batch(whole: dict[fx.Node, Shape], single: dict[fx.Node, Shape], batch: int) -> bool:
+    """Whether every tensor has the same axes in both runs but for one that holds the batch."""
+    if whole.keys() != single.keys():
+        return False
+    for node, shape in whole.items():
+        cut = single[node]
+        if len(cut) != len(shape):
+            return False
+        changed = [(one, many) for one, many in zip(cut, shape, strict=True) if one != many]
+        if len(changed) > 1 or any(many != one * batch for one, many in changed):
+            return False
+    return True

@@ -1,0 +1,269 @@
+"""The tracer: one recorded run of a model's forward, with example values where control flow asks for them."""
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
+from torch.nn.utils import parametrize
+
+from saq_fx.errors import TracingError
+from saq_fx.modes import TrainingFlag
+from saq_fx.operators import quantizable_names
+
+
+class TrainingMarker(int):
+    """Stands for `self.training` of the module at `owner` while tracing; notes when it steers control flow."""
+
+    owner: str
+    steered: bool
+
+    def __new__(cls, value: bool, owner: str) -> "TrainingMarker":
+        """A marker of value 0 or 1."""
+        marker = super().__new__(cls, value)
+        marker.owner = owner
+        marker.steered = False
+        return marker
+
+    def __bool__(self) -> bool:
+        self.steered = True
+        return int(self) != 0
+
+
+class SymbolicTracer(fx.Tracer):
+    """Records one run of a model's forward on symbolic inputs.
+
+    Leaves are torch's own layers, except those that hold other modules, hooks or parametrizations, and modules
+    without parameters that behave differently in training (stochastic depth, custom dropouts). Functions that asked
+    for being leaves (`fx.wrap`) are followed all the same if they multiply tensors.
+
+    Where Python needs a value (`if`, `len`, `range`), it is computed from the example inputs, and a guard node makes
+    sure that a later run with other values is an error and not another function.
+
+    Args:
+        arguments: name -> example value of each argument of `forward` that is in use; None traces without examples.
+        fixed: name -> default of each argument that is not.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any] | None, fixed: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.fixed = fixed
+        self._examples = _Examples(self)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Records `root.forward`."""
+        with _following_wrapped_products():
+            return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one node of the graph."""
+        if type(m) is nn.MultiheadAttention:
+            return True
+        if any(True for _ in m.children()) or has_own_call(m):
+            return False
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        return not any(True for _ in m.parameters()) and "training" in type(m).forward.__code__.co_names
+
+    def proxy(self, node: fx.Node) -> "GuardedProxy":
+        """A stand-in for a node's value."""
+        return GuardedProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Lowers an argument; a training flag becomes a node that reads it."""
+        if isinstance(a, TrainingMarker):
+            return self._flag_node(a.owner)
+        return super().create_arg(a)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Records a leaf, follows any other module."""
+        if self._examples.running:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """An attribute of a module: a proxy for parameters, unless an example value is being computed."""
+        if self._examples.running:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The truth of a value, from the example inputs."""
+        return bool(self.concrete(obj, "bool"))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Items of a value whose length the example inputs tell."""
+        return iter([obj[index] for index in range(self.concrete(obj, "len"))])
+
+    def concrete(self, obj: fx.Proxy, kind: str) -> Any:
+        """The bool, len, int or float of a proxy on the example inputs, guarded in the graph.
+
+        Raises:
+            TracingError: there are no example inputs.
+        """
+        if self.arguments is None:
+            raise TracingError(f"control flow depends on {kind}({obj.node}): pass example_inputs to decide it")
+        expected = _CONCRETE[kind](self._examples.value(obj.node))
+        self.create_node("call_function", require_same_path, (obj.node, kind, expected), {})
+        return expected
+
+    def _flag_node(self, owner: str) -> fx.Node:
+        module = self.root.get_submodule(owner)
+        add_training_flag(module, bool(int(module.__dict__["training"])))
+        return self.create_node("call_module", f"{owner}.training_flag" if owner else "training_flag", (), {})
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One placeholder an argument; an argument fixed at its default gets a guard that rejects other values."""
+        positional: list[Any] = [self.root]
+        keyword: dict[str, Any] = {}
+        for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            value = self._root_argument(name, parameter)
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                keyword[name] = value
+            else:
+                positional.append(value)
+        return lambda *args: root_fn(*args, **keyword), positional
+
+    def _root_argument(self, name: str, parameter: inspect.Parameter) -> Any:
+        if name not in self.fixed:
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            return self.create_proxy("placeholder", name, default, {})
+        default = self.fixed[name]
+        if default is None or isinstance(default, bool | int | float | str):
+            placeholder = self.create_proxy("placeholder", name, (default,), {})
+            self.create_node("call_function", require_default, (placeholder.node, default, name), {})
+        return default
+
+
+class GuardedProxy(fx.Proxy):
+    """A proxy that takes concrete values from the example inputs where Python insists on them."""
+
+    tracer: SymbolicTracer
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __len__(self) -> int:
+        return int(self.tracer.concrete(self, "len"))
+
+    def __index__(self) -> int:
+        return int(self.tracer.concrete(self, "int"))
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self, "int"))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self, "float"))
+
+
+class _Examples:
+    """Values of nodes on the example inputs, computed in the order of the graph and only as far as asked for."""
+
+    def __init__(self, tracer: SymbolicTracer) -> None:
+        self.running = False
+        self._tracer = tracer
+        self._values: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of a node."""
+        self.running = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                for each in self._tracer.graph.nodes:
+                    if each not in self._values:
+                        self._values[each] = self._compute(each)
+        finally:
+            self.running = False
+        return self._values[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            given = (self._tracer.arguments or {}).get(str(node.target), node.args[0] if node.args else None)
+            return fx.node.map_aggregate(given, lambda item: item.clone() if isinstance(item, Tensor) else item)
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            return getattr(self._tracer.root.get_submodule(owner), name)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        module = self._tracer.root.get_submodule(str(node.target))
+        with _evaluation_flags(module):
+            return module(*args, **kwargs)
+
+
+@contextmanager
+def _evaluation_flags(module: nn.Module) -> Iterator[None]:
+    """Within: a leaf's flags say evaluation, so that no running statistic moves while tracing."""
+    saved = {each: each.__dict__["training"] for each in module.modules()}
+    for each in saved:
+        each.__dict__["training"] = False
+    try:
+        yield
+    finally:
+        for each, flag in saved.items():
+            each.__dict__["training"] = flag
+
+
+@contextmanager
+def _following_wrapped_products() -> Iterator[None]:
+    """Within: functions registered by `fx.wrap` that call an operation of the table are no leaves."""
+    table = _symbolic_trace._wrapped_fns_to_patch
+    names = quantizable_names()
+    followed = {
+        key: frame
+        for key, frame in table.items()
+        if names.intersection(getattr(getattr(frame.get(key[1]), "__code__", None), "co_names", ()))
+    }
+    for key in followed:
+        del table[key]
+    try:
+        yield
+    finally:
+        table.update(followed)
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward: hooks (as `weight_norm`'s) or parametrizations."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or parametrize.is_parametrized(module)
+
+
+def add_training_flag(module: nn.Module, training: bool) -> None:
+    """Gives a module the child that reads its mode."""
+    if not hasattr(module, "training_flag"):
+        module.training_flag = TrainingFlag().train(training)
+
+
+def require_default(value: Any, default: Any, name: str) -> None:
+    """Rejects a value for an argument that tracing has fixed at its default."""
+    if not (value is default or value == default):
+        raise TracingError(
+            f"argument {name!r} was fixed at its default {default!r} when the model was prepared: pass it in "
+            "example_inputs to prepare_saq if it is to vary"
+        )
+
+
+_CONCRETE: dict[str, Callable[[Any], Any]] = {"bool": bool, "len": len, "int": int, "float": float}
+
+
+def require_same_path(value: Any, kind: str, expected: Any) -> None:
+    """Rejects inputs for which the model would take another path than it took on the example inputs."""
+    actual = _CONCRETE[kind](value)
+    if actual != expected:
+        raise TracingError(
+            f"these inputs take another path through the model than the example inputs did: {kind} is "
+            f"{actual}, it was {expected}. Prepare the model with example inputs of this kind"
+        )

@@ -1,0 +1,132 @@
+"""From a model to a graph: symbolic tracing that keeps `train()` and `eval()` alive.
+
+`fx` freezes `self.training` at the value it had while tracing. Here each module's flag is replaced, for the time of
+tracing, by a marker: where the flag is passed on to a function it becomes a node that reads it anew at every call;
+where it steers an `if`, the model is traced in both modes and the two graphs are merged (`saq_fx.modes`).
+"""
+
+import copy
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from saq_fx.annotation import update_record
+from saq_fx.errors import TracingError
+from saq_fx.graph import SaqGraphModule
+from saq_fx.modes import merge_modes
+from saq_fx.symbolic import SymbolicTracer, TrainingMarker, add_training_flag
+
+ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as (positional, keyword) arguments: a tensor, a sequence of positionals or a dict of keywords."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
+    """Captures a copy of a model as a graph; the model itself is not changed.
+
+    Args:
+        model: any module; a `GraphModule` is taken as it is.
+        example_inputs: tells which optional arguments of `forward` are in use; the others are fixed at their defaults.
+
+    Raises:
+        TracingError: naming the module and the source line that symbolic tracing cannot follow.
+    """
+    model = _copied(model)
+    if isinstance(model, fx.GraphModule):
+        gm = SaqGraphModule(model, model.graph)
+        update_record(gm, tracing="given graph")
+        return gm
+    gm = SaqGraphModule(model, _symbolic_graph(model, *_arguments(model, example_inputs)), type(model).__name__)
+    update_record(gm, tracing="symbolic")
+    return gm
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise TracingError(
+            f"{type(model).__name__} cannot be copied ({error}), and prepare_saq never changes the model it is given: "
+            "remove attributes that do not deepcopy, such as tensors with a history or open files"
+        ) from error
+
+
+def _arguments(
+    model: nn.Module, example_inputs: ExampleInputs | None
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Arguments of `forward` with example values (None: no examples), and those left at their defaults."""
+    signature = inspect.signature(model.forward)
+    given: dict[str, Any] | None = None
+    if example_inputs is not None:
+        args, kwargs = split_inputs(example_inputs)
+        try:
+            given = dict(signature.bind_partial(*args, **kwargs).arguments)
+        except TypeError as error:
+            name = type(model).__name__
+            raise TracingError(f"example_inputs do not fit {name}.forward{signature}: {error}") from error
+    fixed = {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if parameter.default is not parameter.empty and name not in (given or {})
+    }
+    return given, fixed
+
+
+@contextmanager
+def _marked_training(model: nn.Module, training: bool | None = None) -> Iterator[list[TrainingMarker]]:
+    """Within: every `training` flag is a marker, of its own value or of `training`. Afterwards all is as it was."""
+    saved = {module: module.training for module in model.modules()}
+    markers = []
+    for path, module in model.named_modules():
+        marker = TrainingMarker(saved[module] if training is None else training, path)
+        module.__dict__["training"] = marker
+        markers.append(marker)
+    try:
+        yield markers
+    finally:
+        for module, flag in saved.items():
+            module.__dict__["training"] = flag
+
+
+def _symbolic_graph(model: nn.Module, arguments: dict[str, Any] | None, fixed: dict[str, Any]) -> fx.Graph:
+    mode = model.training
+    with _marked_training(model, mode) as markers:
+        graph = _run_tracer(model, SymbolicTracer(arguments, fixed))
+    if not any(marker.steered for marker in markers):
+        return graph
+    with _marked_training(model, not mode):
+        other = _run_tracer(model, SymbolicTracer(arguments, fixed))
+    add_training_flag(model, mode)
+    return merge_modes(graph, other) if mode else merge_modes(other, graph)
+
+
+def _run_tracer(model: nn.Module, tracer: SymbolicTracer) -> fx.Graph:
+    try:
+        return tracer.trace(model)
+    except Exception as error:
+        path = next(reversed(tracer.module_stack.values()), ("", None))[0] or "the model itself"
+        raise TracingError(
+            f"{type(model).__name__} cannot be traced symbolically: module {path!r}, {_source_line(error)}: {error}"
+        ) from error
+
+
+def _source_line(error: BaseException) -> str:
+    """The last line of the user's code on the way to an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    torch_root = torch.__path__[0]
+    own = [frame for frame in frames if not frame.filename.startswith(torch_root) and frame.filename != __file__]
+    if not own:
+        return "no source line"
+    return f"{own[-1].filename}:{own[-1].lineno} `{own[-1].line}`"

@@ -171,7 +171,7 @@ def _value(interpreter: fx.Interpreter, node: fx.Node) -> Any:
 def zero_deltas(weights: Sequence[PerturbedWeight]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Gives every leaf a zero delta that collects a gradient, and takes them away on leaving.
 
-    Yields, per weight and of its shape, the tensor whose gradient defines the perturbation and the one through
+    Yields, per weight and of its shape, the tensor whose gradient defines the perturbation and the one by
     which it enters: the same one in cases 2 and 3. In case 3 they stand for the quantized weights, so that
     `lambda_max` with respect to them is the sharpness that SAQ lowers.
     """

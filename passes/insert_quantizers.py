@@ -9,10 +9,11 @@ from torch import fx, nn
 
 from saq_fx.annotation import LayerAnnotation, record_of, update, update_record
 from saq_fx.dataflow import tensor_at
+from saq_fx.errors import PatternError
 from saq_fx.graph import SaqGraphModule, layers, unused_path
 from saq_fx.operators import operator_named
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.precision import matching_layers
+from saq_fx.precision import LayerKey
 from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
 from saq_fx.recipe import Recipe
 
@@ -53,10 +54,14 @@ def _has_attention(gm: SaqGraphModule) -> bool:
 
 
 def _signed_overrides(gm: SaqGraphModule, recipe: Recipe) -> dict[str, bool]:
-    names = [layer.name for _, layer in layers(gm)]
-    return {
-        name: signed for pattern, signed in recipe.signed.items() for name in matching_layers(pattern, names)
-    }
+    keys = [LayerKey(layer.name, layer.op, layer.module_classes) for _, layer in layers(gm)]
+    overrides = {}
+    for pattern, signed in recipe.signed.items():
+        matched = [key.name for key in keys if key.name == pattern or key.matches(pattern)]
+        if not matched:
+            raise PatternError(f"the recipe's signed pattern {pattern!r} matches no layer; see precision_report(gm)")
+        overrides.update(dict.fromkeys(matched, signed))
+    return overrides
 
 
 def _insert_second(gm: SaqGraphModule, node: fx.Node, layer: LayerAnnotation, scheme: str, recipe: Recipe) -> None:

@@ -1,36 +1,37 @@
 """Exact allocation on plain data: one choice a group, the largest total score, every limit kept.
 
-This is the multiple-choice knapsack problem (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11).
-Costs are compared as exact integers, so a limit that equals an attainable cost is attained and none is ever
-exceeded. A dynamic program proves the optimum, up to the rounding of a sum of scores: the multipliers of the linear
-relaxation say how much score each choice gives away, and only what gives away little is enumerated. The rare
-instance that is still too large (score proportional to cost, say) goes to HiGHS.
+This is the multiple-choice knapsack problem (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, ch. 11).
+Costs become exact integers, so no limit is ever exceeded, and one that equals an attainable total is attained.
+The linear relaxation puts a price on cost. A choice whose score falls short of its price gives score away, and a
+dynamic program over all allocations that give away little proves the optimum. The rare instance that has too many
+of them (scores proportional to costs, say) is left to the branch and bound of HiGHS.
 """
 
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
-from saq_fx.errors import InfeasibleBudgetError, PrecisionError
+from saq_fx.errors import InfeasibleBudgetError, PrecisionError, SaqError
 
 Table: TypeAlias = Sequence[Sequence[float]]
 Floats: TypeAlias = NDArray[np.float64]
+Integers: TypeAlias = NDArray[Any]  # int64, or Python integers where 64 bits are too few
 
-# Partial assignments to visit in one pass of the dynamic program, about half a second, before HiGHS is asked.
-MAX_STATES = 2_000_000
+MAX_STATES = 2_000_000  # partial allocations in one pass of the dynamic program: about half a second
 SOLVER_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """A limit on a total: the cost of each choice of each group, and the most that the chosen ones may add up to."""
+    """A limit on a total: what each choice of each group costs, and the most that a whole allocation may."""
 
     costs: Table
     limit: float
@@ -39,7 +40,7 @@ class Constraint:
 
 
 def allocate(costs: Table, scores: Table, budget: float) -> list[int]:
-    """Choose one index a group for the largest total score at a total cost of at most `budget`.
+    """Choose one index a group: the largest total score whose total cost is at most `budget`.
 
     Of allocations with equal scores the cheapest is taken. Raises what `allocate_under` raises.
     """
@@ -47,30 +48,285 @@ def allocate(costs: Table, scores: Table, budget: float) -> list[int]:
 
 
 def allocate_under(constraints: Sequence[Constraint], scores: Table) -> list[int]:
-    """Choose one index a group for the largest total score under every constraint.
+    """Choose one index a group: the largest total score that keeps every limit; repeatable.
 
     Raises PrecisionError, naming the group, for tables that are empty, ragged or not finite, and
-    InfeasibleBudgetError, naming the smallest feasible figures, where no choice keeps every limit.
+    InfeasibleBudgetError, naming the smallest feasible figures, where no allocation keeps all limits.
+    Warns if HiGHS was needed and could not prove its answer in time.
     """
     scores = _checked_table("scores", scores)
-    columns = []
-    for constraint in constraints:
-        costs = _checked_table(constraint.name, constraint.costs)
-        _check_same_shape(constraint.name, costs, scores)
-        columns.append(Constraint(costs, _checked_limit(constraint), constraint.name, constraint.unit))
-    _check_feasible(columns)
-    problem = _Problem.reduce(columns, scores)
-    chosen = _enumerate(problem) if problem.feasible else None
+    checked = [_checked_constraint(constraint, scores) for constraint in constraints]
+    if not checked:
+        raise PrecisionError("an allocation needs at least one constraint")
+    if not_met := [constraint for constraint in checked if constraint.limit < smallest(constraint.costs)]:
+        raise InfeasibleBudgetError("; ".join(map(_minimum, not_met)))
+    if not scores:
+        return []
+    problem = _reduce(checked, scores)
+    try:
+        chosen = _enumerate(problem)
+    except _TooManyStatesError:
+        chosen = _branch_and_bound(problem)
     if chosen is None:
-        raise InfeasibleBudgetError(
-            "no allocation keeps all limits together, although each alone can be kept: "
-            + "; ".join(_describe(column) for column in columns)
-        )
-    return [int(choices[index]) for choices, index in zip(problem.choices, chosen, strict=True)]
+        minima = "; ".join(map(_minimum, checked))
+        raise InfeasibleBudgetError(f"each limit can be kept alone, but not all of them together: {minima}")
+    return chosen
 
 
 def smallest(costs: Table) -> float:
-    """The least total cost that one choice a group can have: the smallest limit that `allocate` accepts."""
-    total = math.fsum(min(group) for group in costs)
-    exact = sum(_units(min(group)) for group in costs)
-    return total
+    """The smallest budget that `allocate` can keep: the sum of the groups' minima, rounded up if it must be."""
+    total = sum((Fraction(min(group)) for group in costs), Fraction())
+    nearest = float(total)
+    return nearest if nearest >= total else math.nextafter(nearest, math.inf)
+
+
+def frontier(costs: Table, scores: Table) -> list[tuple[float, float, list[int]]]:
+    """Efficient allocations as (cost, score, choice), from the cheapest one to the one with the best score.
+
+    These are the corners of the linear relaxation's trade-off: each is the optimum at its own cost. Between two of
+    them `allocate` may find others. Raises PrecisionError as `allocate` does.
+    """
+    scores = _checked_table("scores", scores)
+    costs = _checked_constraint(Constraint(costs, 0.0), scores).costs
+    hulls = [_hull(*group) for group in zip(costs, scores, strict=True)]
+    steps = sorted((-slope, group, index) for group, hull in enumerate(hulls) for slope, index in hull[1:])
+    chosen = [hull[0][1] for hull in hulls]
+    chosen_costs = [group[index] for group, index in zip(costs, chosen, strict=True)]
+    chosen_scores = [group[index] for group, index in zip(scores, chosen, strict=True)]
+    points = [(math.fsum(chosen_costs), math.fsum(chosen_scores), chosen.copy())]
+    for _, group, index in steps:
+        chosen[group] = index
+        chosen_costs[group], chosen_scores[group] = costs[group][index], scores[group][index]
+        points.append((math.fsum(chosen_costs), math.fsum(chosen_scores), chosen.copy()))
+    return points
+
+
+def _hull(costs: Sequence[float], scores: Sequence[float]) -> list[tuple[float, int]]:
+    """The corners of a group's trade-off from its cheapest choice on, as (score gained per cost, index)."""
+
+    def slope(first: int, second: int) -> float:
+        return (scores[second] - scores[first]) / (costs[second] - costs[first])
+
+    cheapest, *others = sorted(range(len(costs)), key=lambda index: (costs[index], -scores[index]))
+    hull = [(math.inf, cheapest)]
+    for index in others:
+        if scores[index] > scores[hull[-1][1]]:
+            while len(hull) > 1 and slope(hull[-1][1], index) >= hull[-1][0]:
+                hull.pop()
+            hull.append((slope(hull[-1][1], index), index))
+    return hull
+
+
+def _checked_table(name: str, table: Table) -> list[list[float]]:
+    rows = [[float(value) for value in group] for group in table]
+    for index, row in enumerate(rows):
+        if not row:
+            raise PrecisionError(f"{name}: group {index} has no choices; give each group at least one")
+        if not all(map(math.isfinite, row)):
+            raise PrecisionError(f"{name}: group {index} holds a value that is not finite: {row}")
+    return rows
+
+
+def _checked_constraint(constraint: Constraint, scores: Table) -> Constraint:
+    name = constraint.name
+    costs = _checked_table(name, constraint.costs)
+    if len(costs) != len(scores):
+        raise PrecisionError(f"{name}: costs of {len(costs)} groups, but scores of {len(scores)}")
+    for index, (row, score_row) in enumerate(zip(costs, scores, strict=True)):
+        if len(row) != len(score_row):
+            raise PrecisionError(f"{name}: group {index} has {len(row)} costs, but {len(score_row)} scores")
+    limit = float(constraint.limit)
+    if not math.isfinite(limit):
+        raise PrecisionError(f"{name}: the limit should be a finite number, not {limit}")
+    return Constraint(costs, limit, name, constraint.unit)
+
+
+def _minimum(constraint: Constraint) -> str:
+    least, limit = (
+        f"{value:.0f}" if value.is_integer() and abs(value) < 1e16 else repr(value)
+        for value in (smallest(constraint.costs), constraint.limit)
+    )
+    unit = f" {constraint.unit}" if constraint.unit else ""
+    return f"{constraint.name}: the smallest feasible budget is {least}{unit}, the one given is {limit}{unit}"
+
+
+class _TooManyStatesError(Exception):
+    """The dynamic program would outgrow MAX_STATES."""
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The groups as arrays: costs are integers above the group's least, scores relative to its best."""
+
+    costs: Integers  # [groups, choices, constraints]
+    scores: Floats  # [groups, choices]; -inf where a choice is left out
+    spare: Integers  # [constraints]: what each limit leaves above the sum of the least costs
+
+
+def _reduce(constraints: Sequence[Constraint], scores: Table) -> _Problem:
+    """Leave out what costs more than is spare, and what another choice equals or betters in every respect."""
+    tables, spares = zip(*map(_integers, constraints), strict=True)
+    dtype = np.int64 if max(spares) * (len(scores) + 1) < 2**62 else object
+    shape = len(scores), max(map(len, scores))
+    costs, relative = np.zeros((*shape, len(spares)), dtype), np.full(shape, -np.inf)
+    for group, row in enumerate(scores):
+        choices = list(zip(*(table[group] for table in tables), strict=True))
+        kept: list[int] = []
+        for index in sorted(range(len(row)), key=lambda index: (-row[index], choices[index])):
+            beaten = any(_no_more(choices[other], choices[index]) for other in kept)
+            if not beaten and _no_more(choices[index], spares):
+                kept.append(index)
+        for index in kept:
+            costs[group, index] = choices[index]
+            relative[group, index] = row[index] - row[kept[0]]
+    return _Problem(costs, relative, np.array(spares, dtype))
+
+
+def _integers(constraint: Constraint) -> tuple[list[list[int]], int]:
+    """Costs above their group's least, and what the limit leaves for them, in the largest common unit."""
+    ratios = [[cost.as_integer_ratio() for cost in group] for group in constraint.costs]
+    # A float is an integer over a power of two, so the largest denominator is common to all.
+    scale = max(denominator for group in ratios for _, denominator in group)
+    exact = [[numerator * (scale // denominator) for numerator, denominator in group] for group in ratios]
+    spare = math.floor(Fraction(constraint.limit) * scale) - sum(map(min, exact))
+    above = [[cost - least for cost in group] for group, least in zip(exact, map(min, exact), strict=True)]
+    unit = math.gcd(*(cost for group in above for cost in group)) or 1
+    table = [[cost // unit for cost in group] for group in above]
+    return table, min(spare // unit, sum(map(max, table)))
+
+
+def _no_more(costs: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    return all(cost <= other for cost, other in zip(costs, others, strict=True))
+
+
+def _enumerate(problem: _Problem) -> list[int] | None:
+    """The optimum by dynamic programming in widening circles; None where no allocation keeps all limits.
+
+    With prices p, an allocation of scores s and costs c falls short of the Lagrangian bound on any total score by
+    sum over groups of [max(s - p c) - (s - p c)] + p (spare - total c): the least shortfall is the best score.
+    """
+    prices = _prices(problem)
+    values = problem.scores - problem.costs.astype(float) @ prices
+    shortfalls = values.max(axis=1, keepdims=True) - values
+    worst = np.where(np.isfinite(shortfalls), shortfalls, 0.0).max(axis=1).sum()
+    worst += prices @ problem.spare.astype(float)
+    for halvings in range(30, -1, -1):
+        chosen = _search(problem, prices, shortfalls, worst / 2.0**halvings + 1e-12 * worst)
+        if chosen is not None:
+            return chosen
+    return None
+
+
+def _search(problem: _Problem, prices: Floats, shortfalls: Floats, radius: float) -> list[int] | None:
+    """The best score, then the least cost, among allocations that fall short by at most `radius`."""
+    kept = shortfalls <= radius
+    least = np.where(kept[:, :, None], problem.costs, problem.spare).min(axis=1)
+    most = np.where(kept[:, :, None], problem.costs, 0).max(axis=1)
+    chosen = shortfalls.argmin(axis=1)
+    order = np.argsort(kept.sum(axis=1), kind="stable")
+    closed, opened = np.split(order, [min(int((kept.sum(axis=1) == 1).sum()), len(order) - 1)])
+    used = problem.costs[closed, chosen[closed]].sum(axis=0, keepdims=True)
+    score, short, visited, history = np.zeros(1), np.zeros(1), 0, []
+    later_least, later_most = least[opened].sum(axis=0), most[opened].sum(axis=0)
+    for group in opened:
+        later_least, later_most = later_least - least[group], later_most - most[group]
+        options = np.flatnonzero(kept[group])
+        visited += len(used) * len(options)
+        if visited > MAX_STATES:
+            raise _TooManyStatesError
+        used = (used[:, None] + problem.costs[group, options]).reshape(-1, used.shape[1])
+        score = np.add.outer(score, problem.scores[group, options]).ravel()
+        short = np.add.outer(short, shortfalls[group, options]).ravel()
+        unused = np.maximum(problem.spare - used - later_most, 0).astype(float) @ prices
+        alive = (used + later_least <= problem.spare).all(axis=1) & (short + unused <= radius)
+        states = _undominated(used, score, np.flatnonzero(alive))
+        if not len(states):
+            return None
+        history.append((group, options, states))
+        used, score, short = used[states], score[states], short[states]
+    state = int(score.argmax())
+    for group, options, states in reversed(history):
+        state, option = divmod(int(states[state]), len(options))
+        chosen[group] = options[option]
+    return [int(index) for index in chosen]
+
+
+def _undominated(used: Integers, score: Floats, states: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The states, cheapest first, without those that another one matches: at no more cost, or at equal costs."""
+    states = states[np.lexsort((-score[states], *used[states].T[::-1]))]
+    if used.shape[1] == 1:
+        best = np.maximum.accumulate(score[states])
+        fresh = score[states][1:] > best[:-1]
+    else:
+        fresh = (used[states][1:] != used[states][:-1]).any(axis=1)
+    return states[np.concatenate([np.ones(min(len(states), 1), bool), fresh])]
+
+
+class _LinearForm(NamedTuple):
+    """One variable a choice: lose least, one choice a group, no more than all that is spare."""
+
+    where: tuple[NDArray[np.intp], ...]  # group and index of each variable
+    losses: Floats  # [variables], from 0 to 1 in units of `unit`
+    unit: float
+    groups: csr_array  # [groups, variables], one 1 a column
+    costs: Floats  # [constraints, variables], as shares of what is spare
+
+
+def _linear_form(problem: _Problem) -> _LinearForm:
+    where = np.nonzero(np.isfinite(problem.scores))
+    losses = -problem.scores[where]
+    unit = float(losses.max()) or 1.0
+    variables = np.arange(len(losses))
+    groups = csr_array((np.ones(len(losses)), (where[0], variables)), (len(problem.scores), len(losses)))
+    costs = (problem.costs[where].astype(float) / np.maximum(problem.spare, 1).astype(float)).T
+    return _LinearForm(where, losses / unit, unit, groups, costs)
+
+
+def _prices(problem: _Problem) -> Floats:
+    """Score per unit of each cost, from the dual of the linear relaxation.
+
+    Any prices give a valid bound: rounding does no harm, and where the relaxation has no solution zeros will do.
+    """
+    form = _linear_form(problem)
+    ones = np.ones(len(problem.spare)), np.ones(len(problem.scores))
+    solution = linprog(form.losses, A_ub=form.costs, b_ub=ones[0], A_eq=form.groups, b_eq=ones[1])
+    if solution.status != 0:
+        return np.zeros(len(problem.spare))
+    shares = np.maximum(-solution.ineqlin.marginals, 0.0)
+    return shares * form.unit / np.maximum(problem.spare, 1).astype(float)
+
+
+def _branch_and_bound(problem: _Problem) -> list[int] | None:
+    """The optimum by HiGHS, to its tolerances; None where it finds that no allocation keeps all limits.
+
+    Its answer may exceed a limit by one part in a million: the limits are tightened until it keeps them exactly.
+    """
+    form = _linear_form(problem)
+    margin = 0.0
+    while True:
+        solution = milp(
+            1e3 * form.losses,
+            integrality=1,
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(form.groups, 1, 1),
+                LinearConstraint(form.costs, -np.inf, 1 - margin),
+            ],
+            options={"mip_rel_gap": 0.0, "time_limit": SOLVER_SECONDS},
+        )
+        if solution.status == 2:
+            return None
+        if solution.x is None:
+            raise SaqError(f"HiGHS found no allocation: {solution.message}")
+        shares = np.zeros(problem.scores.shape)
+        shares[form.where] = solution.x
+        chosen = shares.argmax(axis=1)
+        if (problem.costs[np.arange(len(chosen)), chosen].sum(axis=0) <= problem.spare).all():
+            break
+        margin = max(2 * margin, 1e-9)
+    if solution.status != 0:
+        gap = (solution.fun - solution.mip_dual_bound) / 1e3 * form.unit
+        warnings.warn(
+            f"a better allocation is not ruled out: its score may be {gap:.3g} higher", stacklevel=3
+        )
+    return [int(index) for index in chosen]

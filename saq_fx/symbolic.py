@@ -1,5 +1,6 @@
 """The tracer: one recorded run of a model's forward, with example values where control flow asks for them."""
 
+import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,8 @@ class SymbolicTracer(fx.Tracer):
         fixed: name -> default of each argument that is not.
     """
 
+    proxy_buffer_attributes = True
+
     def __init__(self, arguments: Mapping[str, Any] | None, fixed: Mapping[str, Any]) -> None:
         super().__init__()
         self.arguments = arguments
@@ -57,7 +60,8 @@ class SymbolicTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Records `root.forward`."""
-        with _following_wrapped_products():
+        self._paths = set(root.modules())
+        with _following_wrapped_products(), _recording_factories():
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -78,13 +82,25 @@ class SymbolicTracer(fx.Tracer):
         """Lowers an argument; a training flag becomes a node that reads it."""
         if isinstance(a, TrainingMarker):
             return self._flag_node(a.owner)
-        return super().create_arg(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            return self._lower_object(a)
+
+    def _lower_object(self, value: Any) -> fx.Node:
+        """An object that fx does not know (a cache, a custom output) as a node that builds it from its attributes."""
+        if isinstance(value, type):
+            return self.create_node("call_function", find_class, (class_name(value),), {})
+        if not hasattr(value, "__dict__"):
+            raise NotImplementedError(f"an argument or output of type {type(value).__name__}")
+        attributes = {name: self.create_arg(each) for name, each in vars(value).items()}
+        return self.create_node("call_function", build_object, (class_name(type(value)), attributes), {})
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Records a leaf, follows any other module."""
-        if self._examples.running:
+        if self._examples.running or m not in self._paths:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -202,6 +218,58 @@ class _Examples:
         module = self._tracer.root.get_submodule(str(node.target))
         with _evaluation_flags(module):
             return module(*args, **kwargs)
+
+
+_FACTORIES = (
+    "arange", "empty", "eye", "finfo", "full", "iinfo", "linspace", "ones", "rand", "randn", "tensor", "zeros"
+)  # fmt: skip
+
+
+def class_name(cls: type) -> str:
+    """Where to find a class again."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def find_class(name: str) -> Any:
+    """The class of a `class_name`."""
+    module, _, path = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def build_object(name: str, attributes: Mapping[str, Any]) -> Any:
+    """An object of the class of that name with these attributes."""
+    cls = find_class(name)
+    built = cls.__new__(cls)
+    built.__dict__.update(attributes)
+    return built
+
+
+@contextmanager
+def _recording_factories() -> Iterator[None]:
+    """Within: functions that make tensors from sizes are recorded where a size is symbolic."""
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    for name, original in originals.items():
+        setattr(torch, name, _recorded(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Becomes a node if any argument is a proxy."""
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        proxy = _symbolic_trace._find_proxy(args, kwargs)
+        if proxy is None:
+            return function(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return record
 
 
 @contextmanager

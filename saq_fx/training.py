@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from saq_fx.errors import CheckpointError, TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.pass_base import Pipeline
-from saq_fx.passes.insert_perturbations import InsertPerturbations, perturbed_weights, zero_deltas
+from saq_fx.passes.insert_perturbations import CASES, InsertPerturbations, perturbed_weights, zero_deltas
 from saq_fx.quantizers import Quantizer
 from saq_fx.sharpness import (
     RandomState,
@@ -91,7 +91,7 @@ class SAQ(Optimizer):
         losses: str = "both",
         perturb: Collection[str] = ("bias", "norm"),
     ) -> None:
-        _check_options(rho, period, beta, losses, perturb)
+        _check_options(rho, case, period, beta, losses, perturb)
         self._module, self._kinds = gm, parameter_kinds(gm)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer = base_optimizer
@@ -179,10 +179,10 @@ class SAQ(Optimizer):
         norm = float(global_norm(map(_gradient, parameters))) / factor
         if not _all_finite(norm, loss):
             return StepStatistics(loss, norm, skipped=True)
-        if self._kept_norm and self.losses != "vanilla":
-            reused = [parameter for parameter in parameters if parameter in self._kept]
-            scale = self.beta * norm / self._kept_norm
+        reused = [parameter for parameter in parameters if parameter in self._kept]
+        if reused and self._kept_norm and self.losses != "vanilla":
             directions = [self._kept[parameter] for parameter in reused]
+            scale = self.beta * norm / self._kept_norm
             torch._foreach_add_([_gradient(parameter) for parameter in reused], directions, alpha=scale)
         return StepStatistics(loss, norm)
 
@@ -226,13 +226,12 @@ class SAQ(Optimizer):
         """Moves all that is perturbed by `rho g/||g||`, from the gradients at hand, and back on leaving."""
         trained = set(parameters)
         active = [not trained.isdisjoint(weight.parameters) for weight in self._weights]
-        sources, deltas = zip(*compress(leaves, active), strict=True) if any(active) else ((), ())
+        gradients = [_gradient(source) for source, _ in compress(leaves, active)]
         in_place: list[Tensor] = [p for p in parameters if self._is_perturbed_in_place(p)]
-        gradients = [_gradient(source) for source in sources]
         in_place_gradients = [_gradient(parameter) for parameter in in_place]
         scale = ascent_scale(float(global_norm(gradients + in_place_gradients)), self.rho)
-        if deltas:
-            torch._foreach_add_(deltas, gradients, alpha=scale)
+        if gradients:
+            torch._foreach_add_([delta for _, delta in compress(leaves, active)], gradients, alpha=scale)
         with perturbed(in_place, in_place_gradients, scale):
             yield
 
@@ -247,7 +246,7 @@ class SAQ(Optimizer):
                 f"{step.gradient_norm:g}. Look at the batch, or lower the learning rate or rho. "
                 "Further skips are only counted, in skipped_steps.",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,  # past what torch.optim wraps around step
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,10 +333,14 @@ def _all_finite(norm: float, loss: Tensor) -> bool:
     return math.isfinite(norm) and math.isfinite(float(loss))
 
 
-def _check_options(rho: float, period: int, beta: float, losses: str, perturb: Collection[str]) -> None:
+def _check_options(
+    rho: float, case: int, period: int, beta: float, losses: str, perturb: Collection[str]
+) -> None:
     """Raises TrainingError naming the first option of SAQ that makes no sense."""
     if not 0 <= rho < math.inf:
         raise TrainingError(f"rho must be a finite number of at least 0, not {rho}")
+    if case not in CASES:
+        raise TrainingError(f"case must be 1, 2 or 3, not {case!r}")
     if not (isinstance(period, int) and period >= 1):
         raise TrainingError(f"period must be a whole number of at least 1, not {period!r}")
     if not math.isfinite(beta):

@@ -1,0 +1,137 @@
+"""Puts a mixture over bit-widths in the place of each searchable quantizer."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from saq_fx.annotation import LayerAnnotation
+from saq_fx.errors import PrecisionError
+from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.mixtures import MixtureQuantizer
+from saq_fx.pass_base import Pass, PassResult
+from saq_fx.passes.assign_precision import NETWORK_INPUT_BITS
+from saq_fx.precision import Precision
+
+CANDIDATES = (2, 3, 4, 6)
+
+
+@dataclass(frozen=True)
+class RelaxPrecision(Pass):
+    """Makes the bits of every layer that is not pinned a mixture: `Q(v) -> sum_b softmax(z)_b Q_b(v)`.
+
+    A mixture takes the place of the quantizer in the module tree: the graph keeps its nodes, and a layer runs one
+    operation however many candidates it has. Each candidate has its own clipping level, fitted at the first forward.
+    Layers that share a weight share one choice: one `z` for weights, one for activations. Both operands of a product
+    of activations have the same bits, hence one `z`. (EdMIPS, arXiv 2004.05795, Sec. 4.)
+
+    Args:
+        weight: candidate bits of weights.
+        activation: candidate bits of activations.
+    """
+
+    weight: tuple[int, ...] = CANDIDATES
+    activation: tuple[int, ...] = CANDIDATES
+    needs: ClassVar[frozenset[str]] = frozenset({"annotations", "quantizers"})
+
+    def __post_init__(self) -> None:
+        for operand, bits in (("weight", self.weight), ("activation", self.activation)):
+            if not bits or len(set(bits)) < len(bits):
+                raise PrecisionError(f"{operand} candidates are {bits}: give different bit-widths, at least one")
+            for candidate in bits:
+                Precision(candidate, candidate)
+
+    def run(self, gm: SaqGraphModule) -> PassResult:
+        """Replaces quantizer modules of `gm`; mixtures that are there already stay as they are."""
+        modified = False
+        for group in _searchable_groups(gm):
+            weights = (layer.weight_quantizer for layer in group if not layer.is_product)
+            activations = [layer.input_quantizer for layer in group]
+            activations += [layer.weight_quantizer for layer in group if layer.is_product]
+            modified |= _replace(gm, weights, self.weight)
+            modified |= _replace(gm, activations, self.activation)
+        return PassResult(gm, modified)
+
+
+def _searchable_groups(gm: SaqGraphModule) -> list[list[LayerAnnotation]]:
+    """The layers that share a choice, for every choice that no pin of one of them takes away."""
+    groups: dict[str, list[LayerAnnotation]] = defaultdict(list)
+    for _, layer in layers(gm):
+        groups[layer.choice_group].append(layer)
+    return [group for group in groups.values() if all(layer.pinned is None for layer in group)]
+
+
+def _replace(gm: SaqGraphModule, paths: Iterable[str | None], bits: tuple[int, ...]) -> bool:
+    """Puts mixtures with common logits, all zero, in the place of the quantizers at `paths`."""
+    quantizers: dict[str, Any] = {path: gm.get_submodule(path) for path in paths if path is not None}
+    plain = {path: each for path, each in quantizers.items() if not isinstance(each, MixtureQuantizer)}
+    if plain:
+        like = next(next(iter(plain.values())).parameters())
+        logits = nn.Parameter(torch.zeros(len(bits), device=like.device, dtype=like.dtype))
+        for path, quantizer in plain.items():
+            candidates = [copy.deepcopy(quantizer) for _ in bits]
+            for candidate, candidate_bits in zip(candidates, bits, strict=True):
+                candidate.set_bits(candidate_bits)
+            gm.set_submodule(path, MixtureQuantizer(candidates, logits))
+    return bool(plain)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One free choice of bits, for all layers of a group.
+
+    `weight` and `activation` are mixtures that hold its logits: one of those that share them. A product of two
+    activations has no weight mixture, a layer that reads the network's input no activation mixture.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    weight: MixtureQuantizer | None
+    activation: MixtureQuantizer | None
+
+    @property
+    def mixtures(self) -> tuple[MixtureQuantizer, ...]:
+        """The mixtures that there are, one for each vector of logits."""
+        return tuple(each for each in (self.weight, self.activation) if each is not None)
+
+    def precisions(self) -> list[Precision]:
+        """What can be chosen: every pair of weight bits and activation bits."""
+        if self.weight is None:
+            return [Precision(bits, bits) for bits in self.activation.candidates]  # type: ignore[union-attr]
+        activation = (NETWORK_INPUT_BITS,) if self.activation is None else self.activation.candidates
+        return [Precision(*pair) for pair in product(self.weight.candidates, activation)]
+
+    def over_pairs(
+        self, combine: Callable[[Tensor, Tensor], Tensor], values: Sequence[Tensor]
+    ) -> Tensor:
+        """One value for each of `precisions()`, combined from those of each mixture's candidates."""
+        if len(values) == 1:
+            return values[0]
+        of_weight, of_activation = values
+        return combine(of_weight[:, None], of_activation).flatten()
+
+    def probabilities(self) -> Tensor:
+        """How likely each of `precisions()` is, the two operands being independent."""
+        return self.over_pairs(torch.mul, [mixture.probabilities() for mixture in self.mixtures])
+
+
+def choices(gm: SaqGraphModule) -> list[Choice]:
+    """The free choices of a relaxed graph, in the order of execution."""
+    return [_choice(gm, group) for group in _searchable_groups(gm)]
+
+
+def _choice(gm: SaqGraphModule, group: list[LayerAnnotation]) -> Choice:
+    weights = [layer.weight_quantizer for layer in group if not layer.is_product]
+    activations = [layer.input_quantizer for layer in group]
+    names = tuple(layer.name for layer in group)
+    return Choice(group[0].choice_group, names, _first_mixture(gm, weights), _first_mixture(gm, activations))
+
+
+def _first_mixture(gm: SaqGraphModule, paths: Iterable[str | None]) -> MixtureQuantizer | None:
+    found: list[Any] = [gm.get_submodule(path) for path in paths if path is not None]
+    return found[0] if found else None

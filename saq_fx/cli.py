@@ -1,0 +1,81 @@
+"""The command line: `saq-fx report | demo`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+
+from saq_fx.errors import MissingExtraError, SaqError
+
+if TYPE_CHECKING:
+    import typer
+
+
+def _app() -> "typer.Typer":
+    try:
+        import typer
+    except ImportError as error:
+        raise MissingExtraError("the command line needs typer: pip install 'saq_fx[cli]'") from error
+
+    app = typer.Typer(
+        help="Low-bit networks: reports, searches and trains mixed precision.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.command()
+    def report(
+        model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, hf:TYPE or path/to/file.py:FACTORY")],
+        shape: Annotated[str, typer.Option(help="Shape of one input, with the batch axis.")] = "1,3,224,224",
+        precision: Annotated[str, typer.Option(help="W4A4 and the like, or 'float'.")] = "W4A4",
+        policy: Annotated[Path | None, typer.Option(help="A policy file; overrides --precision.")] = None,
+        format: Annotated[str, typer.Option(help="text, markdown, csv, json or html.")] = "text",
+    ) -> None:
+        """Print what every layer of a model costs: MACs, bits, BitOps, bytes."""
+        print(_report(model, shape, precision, policy, format))
+
+    @app.command()
+    def demo(
+        folder: Annotated[Path, typer.Option(help="Where the results go.")] = Path("demo_output"),
+        quick: Annotated[bool, typer.Option(help="A tenth of the training, to see that everything runs.")] = False,
+        seed: Annotated[int, typer.Option(help="Of initial weights and batches.")] = 0,
+    ) -> None:
+        """Train, search and quantize a small network on real digits, and report it."""
+        from saq_fx.demo import run_demo
+
+        run_demo(folder, quick=quick, seed=seed)
+
+    return app
+
+
+def _report(model: str, shape: str, precision: str, policy: Path | None, style: str) -> str:
+    from saq_fx import Policy, precision_report, prepare_saq
+    from saq_fx.models import build
+
+    try:
+        example = torch.zeros([int(size) for size in shape.split(",")])
+    except ValueError as error:
+        raise SaqError(f"--shape {shape!r} is not a list of sizes like 1,3,224,224") from error
+    wanted = Policy.load(policy) if policy is not None else None if precision == "float" else precision
+    result = precision_report(prepare_saq(build(model).eval(), example_inputs=example, precision=wanted))
+    styles = {
+        "text": result.__str__,
+        "markdown": result.to_markdown,
+        "csv": result.to_csv,
+        "json": result.to_json,
+        "html": result.to_html,
+    }
+    if style not in styles:
+        raise SaqError(f"--format {style!r} is unknown: use one of {', '.join(styles)}")
+    return styles[style]()
+
+
+def main() -> None:
+    """Runs the command line; errors of the user's input are one line on stderr and exit code 1."""
+    try:
+        _app()()
+    except SaqError as error:
+        print(f"saq-fx: {error}", file=sys.stderr)
+        sys.exit(1)

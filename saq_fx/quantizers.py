@@ -1,0 +1,403 @@
+"""Fake quantization with straight-through gradients, and the modules that hold its levels.
+
+Two schemes. `clip` (SAQ, arXiv 2111.12273, Eq. 1-2): one trainable clipping level; weights have 2**b symmetric
+levels, none of them zero, activations are unsigned. `lsq` and `lsq+` (LSQ, ICLR 2020; LSQ+, CVPRW 2020): a trainable
+step, and offset, over integer levels with zero among them.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saq_fx.errors import CalibrationError, PrecisionError
+from saq_fx.precision import FLOAT_BITS, MAX_BITS, MIN_BITS
+
+SMALLEST_LEVEL = 1e-8
+"""Levels are used at no less than this, whatever the optimizer made of them."""
+
+_INITIALISATION_SAMPLES = 2**14
+_CANDIDATE_LEVELS = 16
+
+
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest integer of a width."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+class _ClipWeight(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, level: Tensor, bits: int) -> Tensor:
+        steps = 2**bits - 1
+        normalized = (weight / level).clamp_(-1, 1).add_(1).mul_(steps / 2).round_()
+        return normalized.mul_(2 / steps).sub_(1).mul_(level)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, level, _ = inputs
+        ctx.save_for_backward(weight, level, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, level, output = ctx.saved_tensors
+        with torch.no_grad():
+            inside = weight.abs() <= level
+            to_level = torch.where(inside, (output - weight) / level, weight.sign())
+        return grad * inside, (grad * to_level).sum_to_size(level.shape), None
+
+
+class _ClipActivation(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, level: Tensor, bits: int) -> Tensor:
+        steps = 2**bits - 1
+        return (x / level).clamp_(0, 1).mul_(steps).round_().div_(steps).mul_(level)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, level, _ = inputs
+        ctx.save_for_backward(x, level, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, level, output = ctx.saved_tensors
+        with torch.no_grad():
+            above = x >= level
+            inside = (x > 0) & ~above
+            to_level = torch.where(inside, (output - x) / level, above.to(x.dtype))
+        return grad * inside, (grad * to_level).sum_to_size(level.shape), None
+
+
+class _Step(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, step: Tensor, offset: Tensor | None, low: int, high: int) -> Tensor:
+        shifted = x if offset is None else x - offset
+        quantized = (shifted / step).round_().clamp_(low, high).mul_(step)
+        return quantized if offset is None else quantized.add_(offset)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, step, offset, ctx.low, ctx.high = inputs
+        ctx.has_offset = offset is not None
+        ctx.save_for_backward(x, step, *([offset] if ctx.has_offset else []))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, step, *rest = ctx.saved_tensors
+        with torch.no_grad():
+            scaled = (x - rest[0]) / step if rest else x / step
+            inside = (scaled > ctx.low) & (scaled < ctx.high)
+            rounded = scaled.round().clamp_(ctx.low, ctx.high)
+            to_step = torch.where(inside, rounded - scaled, rounded)
+            scale = 1 / math.sqrt(x.numel() / step.numel() * ctx.high)
+        grad_step = (grad * to_step).sum_to_size(step.shape) * scale
+        grad_offset = (grad * ~inside).sum_to_size(rest[0].shape) * scale if rest else None
+        return grad * inside, grad_step, grad_offset, None, None
+
+
+def clip_weight(weight: Tensor, clipping_level: Tensor, bits: int) -> Tensor:
+    """`alpha (2 round((clamp(w/alpha, -1, 1) + 1)/2 n)/n - 1)`, `n = 2**bits - 1` (SAQ Eq. 1-2, 10).
+
+    Gradients: to w, 1 where |w| <= alpha; to alpha, `Q/alpha - w/alpha` there and sign(w) outside.
+
+    Args:
+        weight: any shape.
+        clipping_level: alpha > 0, broadcastable to `weight`.
+    """
+    return _apply(_ClipWeight, weight, clipping_level, bits)
+
+
+def clip_activation(x: Tensor, clipping_level: Tensor, bits: int) -> Tensor:
+    """`alpha round(clamp(x/alpha, 0, 1) n)/n`, `n = 2**bits - 1` (SAQ Eq. 1-2).
+
+    Gradients: to x, 1 where 0 < x < alpha; to alpha, `Q/alpha - x/alpha` there, 1 from alpha on, 0 up to 0.
+
+    Args:
+        x: any shape.
+        clipping_level: alpha > 0, broadcastable to `x`.
+    """
+    return _apply(_ClipActivation, x, clipping_level, bits)
+
+
+def lsq(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
+    """`s clamp(round(x/s), low, high)` (LSQ Eq. 1-3).
+
+    Gradients: to x, 1 where low < x/s < high; to s, `round(x/s) - x/s` there and low or high outside, scaled by
+    `1/sqrt(elements per step * high)`.
+
+    Args:
+        x: any shape.
+        step: s > 0, broadcastable to `x`.
+    """
+    return _apply(_Step, x, step, None, *integer_range(bits, signed))
+
+
+def lsq_plus(x: Tensor, step: Tensor, offset: Tensor, bits: int, signed: bool) -> Tensor:
+    """`s clamp(round((x - o)/s), low, high) + o` (LSQ+ Eq. 1-2).
+
+    Gradients as in `lsq` with x - o for x; to o, 0 inside and 1 outside, with the same scale as the step's.
+
+    Args:
+        x: any shape.
+        step, offset: broadcastable to `x`.
+    """
+    return _apply(_Step, x, step, offset, *integer_range(bits, signed))
+
+
+def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
+    """Levels in the type of the tensor (which mixed precision may have lowered)."""
+    converted = [each.to(x.dtype) if isinstance(each, Tensor) else each for each in args]
+    result: Tensor = function.apply(x, *converted)
+    return result
+
+
+class Quantizer(nn.Module):
+    """A tensor's quantizer: bits, levels, and whether the levels have been set.
+
+    Levels that have not been set are fitted to the first tensor that comes. The state dict holds the levels, and bits
+    and flag as a small tensor; loading a state dict without any of them (a float checkpoint) leaves the bits and has
+    the levels fitted anew.
+
+    Args:
+        bits: 2 to 8, or 32 for the identity.
+
+    Raises:
+        PrecisionError: other bits.
+    """
+
+    signed: bool
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = _checked_bits(bits)
+        self.initialized = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized tensor, of the shape and type of `x`."""
+        if self.bits == FLOAT_BITS:
+            return x
+        if not self.initialized:
+            self.initialize(x.detach())
+        return self.quantize(x)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Quantizes by the current levels."""
+        raise NotImplementedError
+
+    def fit(self, x: Tensor, method: str) -> None:
+        """Sets the levels from data that is finite and not all zero."""
+        raise NotImplementedError
+
+    def initialize(self, x: Tensor, method: str = "mse") -> None:
+        """Sets the levels from data: minimum mean squared error ("mse"), "max", or "percentile" (99.9).
+
+        Raises:
+            CalibrationError: the data is not finite.
+        """
+        if not bool(torch.isfinite(x).all()):
+            raise CalibrationError("cannot set clipping levels from values that are not finite: look at the input")
+        with torch.no_grad():
+            if x.numel() and bool(x.any()) and self.bits != FLOAT_BITS:
+                self.fit(x.detach(), method)
+        self.initialized = self.bits != FLOAT_BITS
+
+    def set_bits(self, bits: int) -> None:
+        """Changes the bits; new ones have the levels fitted anew at the next forward."""
+        if _checked_bits(bits) != self.bits:
+            self.bits = bits
+            self.initialized = False
+
+    def integers(self, x: Tensor) -> Tensor:
+        """Integer codes of the quantized tensor, int64."""
+        raise NotImplementedError
+
+    def from_integers(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The quantized tensor from its integer codes."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        """Bits and whether the levels are set, as a tensor that every file format takes."""
+        return torch.tensor([self.bits, int(self.initialized)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The inverse of `get_extra_state`."""
+        bits, initialized = state.tolist()
+        self.bits, self.initialized = _checked_bits(bits), bool(initialized)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        else:
+            self.initialized = False
+
+    def extra_repr(self) -> str:
+        """Bits and sign."""
+        return f"bits={self.bits}, signed={self.signed}"
+
+
+class ClipWeightQuantizer(Quantizer):
+    """`clip` for weights: one clipping level, or one per output channel.
+
+    Args:
+        channels, channel_axis: number and axis of output channels; None for one level per tensor.
+        normalize: quantize `(w - mean)/std` and multiply back by std (APoT; METHOD section 1); the level then is 1.
+    """
+
+    signed = True
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        channels: int | None = None,
+        channel_axis: int = 0,
+        normalize: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(bits)
+        self.channel_axis, self.normalize = channel_axis, normalize
+        self.clipping_level = nn.Parameter(_ones(channels, device, dtype))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """SAQ Eq. 1-2."""
+        level = _positive(_per_channel(self.clipping_level, x, self.channel_axis))
+        if not self.normalize:
+            return clip_weight(x, level, self.bits)
+        std, mean = torch.std_mean(x.detach())
+        return clip_weight((x - mean) / std, level, self.bits) * std
+
+    def fit(self, x: Tensor, method: str) -> None:
+        """One level for the tensor or for each channel; 1 with normalization."""
+        if self.normalize:
+            self.clipping_level.fill_(1.0)
+            return
+        rows = _rows(x, self.clipping_level, self.channel_axis)
+        levels = _fit_level(rows.abs(), method, lambda level: clip_weight(rows, level, self.bits), rows)
+        self.clipping_level.copy_(levels.reshape(self.clipping_level.shape))
+
+
+class ClipActivationQuantizer(Quantizer):
+    """`clip` for activations that cannot be negative: one clipping level."""
+
+    signed = False
+
+    def __init__(self, bits: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(bits)
+        self.clipping_level = nn.Parameter(_ones(None, device, dtype))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """SAQ Eq. 1-2."""
+        return clip_activation(x, _positive(self.clipping_level), self.bits)
+
+    def fit(self, x: Tensor, method: str) -> None:
+        """One level for the tensor."""
+        rows = _rows(x, self.clipping_level, 0)
+        levels = _fit_level(rows.clamp_min(0), method, lambda level: clip_activation(rows, level, self.bits), rows)
+        self.clipping_level.copy_(levels.reshape(()))
+
+
+class StepQuantizer(Quantizer):
+    """LSQ, or LSQ+ with an offset: one step, or one per output channel."""
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool,
+        offset: bool = False,
+        channels: int | None = None,
+        channel_axis: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(bits)
+        self.signed, self.channel_axis = signed, channel_axis
+        self.step = nn.Parameter(_ones(channels, device, dtype))
+        self.offset = nn.Parameter(torch.zeros_like(self.step)) if offset else None
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """LSQ Eq. 1-3, LSQ+ Eq. 1-2."""
+        step = _positive(_per_channel(self.step, x, self.channel_axis))
+        if self.offset is None:
+            return lsq(x, step, self.bits, self.signed)
+        offset = _per_channel(self.offset, x, self.channel_axis)
+        return lsq_plus(x, step, offset, self.bits, self.signed)
+
+    def fit(self, x: Tensor, method: str) -> None:
+        """One step (and offset) for the tensor or for each channel."""
+        rows = _rows(x, self.step, self.channel_axis)
+        low, high = integer_range(self.bits, self.signed)
+        if self.offset is None:
+            magnitude = rows.abs() if self.signed else rows.clamp_min(0)
+            levels = _fit_level(
+                magnitude, method, lambda level: lsq(rows, level / high, self.bits, self.signed), rows
+            )
+            self.step.copy_((levels / high).reshape(self.step.shape))
+            return
+        center = (rows.amax(1, keepdim=True) + rows.amin(1, keepdim=True)) / 2
+        reach = (rows - center).abs()
+        offset_of_center = (low + high) / 2
+
+        def reconstruct(level: Tensor) -> Tensor:
+            step = 2 * level / (high - low)
+            return lsq_plus(rows, step, center - offset_of_center * step, self.bits, self.signed)
+
+        step = 2 * _fit_level(reach, method, reconstruct, rows) / (high - low)
+        self.step.copy_(step.reshape(self.step.shape))
+        self.offset.copy_((center - offset_of_center * step).reshape(self.offset.shape))
+
+
+def _checked_bits(bits: int) -> int:
+    if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+        raise PrecisionError(f"{bits} bits: a quantizer takes {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for float")
+    return bits
+
+
+def _ones(channels: int | None, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    return torch.ones(() if channels is None else (channels,), device=device, dtype=dtype)
+
+
+def _positive(level: Tensor) -> Tensor:
+    """The level, at least SMALLEST_LEVEL; the gradient passes, so that a level can grow again."""
+    return level + (level.clamp_min(SMALLEST_LEVEL) - level).detach()
+
+
+def _per_channel(level: Tensor, x: Tensor, axis: int) -> Tensor:
+    if level.dim() == 0:
+        return level
+    return level.reshape([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
+
+
+def _rows(x: Tensor, level: Tensor, axis: int) -> Tensor:
+    """(levels, elements that share one), evenly thinned out where they are many."""
+    rows = x.reshape(1, -1) if level.dim() == 0 else x.movedim(axis, 0).flatten(1)
+    stride = max(1, x.numel() // _INITIALISATION_SAMPLES)
+    return rows[:, ::stride].to(level.dtype)
+
+
+def _fit_level(magnitude: Tensor, method: str, reconstruct: Any, rows: Tensor) -> Tensor:
+    """(levels, 1): the clipping level of each row of magnitudes; rows of zeros get 1."""
+    largest = magnitude.amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    if method == "max":
+        return largest
+    if method == "percentile":
+        level = magnitude.quantile(0.999, dim=1, keepdim=True)
+        return torch.where(level > 0, level, largest)
+    best, least = largest, torch.full_like(largest, math.inf)
+    coarse = torch.linspace(1 / _CANDIDATE_LEVELS, 1, _CANDIDATE_LEVELS).tolist()
+    fine = torch.linspace(-0.75, 0.75, 7).div(_CANDIDATE_LEVELS).tolist()
+    for start, fractions in ((False, coarse), (True, fine)):
+        center = best if start else torch.zeros_like(best)
+        for fraction in fractions:
+            level = center + largest * fraction
+            error = (reconstruct(level) - rows).square().mean(1, keepdim=True)
+            best, least = torch.where(error < least, level, best), torch.minimum(error, least)
+    return best

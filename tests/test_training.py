@@ -1,0 +1,484 @@
+"""SAQ's steps against a float64 reference written from the equations, and its manners as an optimizer."""
+
+import copy
+import io
+import math
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saq_fx.errors import CheckpointError, TrainingError
+from saq_fx.graph import SaqGraphModule
+from saq_fx.prepare import prepare_saq
+from saq_fx.recipe import Recipe
+from saq_fx.sharpness import Perturbation
+from saq_fx.training import SAQ, parameter_groups, parameter_kinds
+
+Values = dict[str, Tensor]
+BITS = 3
+RHO, BETA = 0.2, 0.7
+
+
+class Network(nn.Module):
+    """A convolution with BatchNorm and bias, one without, attention, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(4, 6, 3, stride=2, bias=False)
+        self.query, self.key, self.value = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.norm(self.stem(x)).relu()).flatten(2).transpose(1, 2)
+        scores: Tensor = self.query(x) @ self.key(x).transpose(1, 2)
+        x = x + scores.softmax(-1) @ self.value(x)
+        return self.head(x.mean(1))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(6, 1, 7, 7, dtype=torch.float64), torch.randint(3, (6,))
+
+
+def loss_of(logits: Tensor, y: Tensor) -> Tensor:
+    """So small that steps of learning rate 1 keep clipping levels positive."""
+    return 0.05 * F.cross_entropy(logits, y)
+
+
+def prepared(precision: str | None = f"W{BITS}A{BITS}") -> SaqGraphModule:
+    recipe = Recipe(scheme="clip", first_last=None)
+    return prepare_saq(Network().double(), example_inputs=batch()[0], precision=precision, recipe=recipe)
+
+
+def run(gm: nn.Module, opt: SAQ, data: list[tuple[Tensor, Tensor]]) -> list[float]:
+    return [float(opt.step(lambda x=x, y=y: loss_of(gm(x), y))) for x, y in data]  # type: ignore[misc]
+
+
+def sgd(gm: nn.Module, lr: float = 1.0, **options: Any) -> SAQ:
+    return SAQ(gm, torch.optim.SGD(gm.parameters(), lr), RHO, beta=BETA, **options)
+
+
+# The reference: METHOD section 2 in float64, with quantizers and gradients of its own.
+
+
+def round_ste(x: Tensor) -> Tensor:
+    return x + (x.round() - x).detach()
+
+
+def quantize_weight(weight: Tensor, level: Tensor) -> Tensor:
+    n = 2**BITS - 1
+    return level * (2 * round_ste((torch.clamp(weight / level, -1, 1) + 1) / 2 * n) / n - 1)
+
+
+def quantize_unsigned(x: Tensor, level: Tensor) -> Tensor:
+    n = 2**BITS - 1
+    return level * round_ste(torch.clamp(x / level, 0, 1) * n) / n
+
+
+def quantize_signed(x: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+    low, high = -(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1
+    factor = 1 / math.sqrt(x.numel() * high)
+    step, offset = (p * factor + (p * (1 - factor)).detach() for p in (step, offset))
+    return round_ste(torch.clamp((x - offset) / step, low, high)) * step + offset
+
+
+class Reference:
+    """`Network` in functional form, and the steps of SAQ on it with SGD of learning rate 1."""
+
+    def __init__(
+        self,
+        gm: SaqGraphModule,
+        case: int = 3,
+        losses: str = "both",
+        period: int = 1,
+        perturb: Collection[str] = ("bias", "norm"),
+        frozen: Collection[str] = (),
+    ) -> None:
+        self.values: Values = {name: p.detach().clone().requires_grad_() for name, p in gm.named_parameters()}
+        self.case, self.losses, self.period = case, losses, period
+        self.trained = [name for name in self.values if name not in frozen]
+        kinds = {name: self.kind(name) for name in self.trained}
+        self.weights = [name for name, kind in kinds.items() if kind == "weight"]
+        self.others = [name for name, kind in kinds.items() if kind in perturb]
+        self.quantized: Values = {}
+        self.steps = 0
+        self.g_v: list[Tensor] | None = None
+
+    @staticmethod
+    def kind(name: str) -> str:
+        if "quantizer" in name:
+            return "clipping"
+        if name.startswith("norm"):
+            return "norm"
+        return "bias" if name.endswith("bias") else "weight"
+
+    def loss(self, data: tuple[Tensor, Tensor], delta: Values | None = None) -> Tensor:
+        delta = delta or {}
+        v = {name: p + delta[name] if name in self.others and delta else p for name, p in self.values.items()}
+
+        def weight(layer: str) -> Tensor:
+            name = f"{layer}.weight"
+            level = v[f"{layer}.weight_quantizer.clipping_level"]
+            shift = delta.get(name, torch.zeros_like(v[name]))
+            if self.case == 2:
+                return quantize_weight(v[name] + shift, level)
+            self.quantized[name] = quantize_weight(v[name], level)
+            return self.quantized[name] + shift
+
+        def signed(x: Tensor, quantizer: str) -> Tensor:
+            return quantize_signed(x, v[f"{quantizer}.step"], v[f"{quantizer}.offset"])
+
+        def linear(x: Tensor, layer: str) -> Tensor:
+            return F.linear(signed(x, f"{layer}.input_quantizer"), weight(layer), v[f"{layer}.bias"])
+
+        x, y = data
+        x = F.conv2d(x, weight("stem"), v["stem.bias"], padding=1)
+        x = F.batch_norm(x, None, None, v["norm.weight"], v["norm.bias"], training=True).relu()
+        x = quantize_unsigned(x, v["conv.input_quantizer.clipping_level"])
+        x = F.conv2d(x, weight("conv"), stride=2).flatten(2).transpose(1, 2)
+        q, k, value = (linear(x, layer) for layer in ("query", "key", "value"))
+        scores = signed(q, "matmul.input_quantizer") @ signed(k.transpose(1, 2), "matmul.other_quantizer")
+        probabilities = quantize_unsigned(scores.softmax(-1), v["matmul_1.input_quantizer.clipping_level"])
+        x = x + probabilities @ signed(value, "matmul_1.other_quantizer")
+        return loss_of(linear(x.mean(1), "head"), y)
+
+    def gradients(self, data: tuple[Tensor, Tensor], delta: Values | None = None) -> list[Tensor]:
+        values = [self.values[name] for name in self.trained]
+        return list(torch.autograd.grad(self.loss(data, delta), values))
+
+    def perturbation(self, data: tuple[Tensor, Tensor]) -> Values:
+        loss = self.loss(data)
+        weights = self.quantized if self.case == 3 else self.values
+        sources = [weights[name] for name in self.weights] + [self.values[name] for name in self.others]
+        gradients = torch.autograd.grad(loss, sources)
+        norm = flat(gradients).norm()
+        return {name: RHO * g / norm for name, g in zip(self.weights + self.others, gradients, strict=True)}
+
+    def step(self, data: tuple[Tensor, Tensor]) -> None:
+        self.steps += 1
+        g = self.gradients(data)
+        if self.steps % self.period == 0:
+            g_s = self.gradients(data, self.perturbation(data))
+            share = (flat(g_s) @ flat(g)) / (flat(g) @ flat(g))
+            self.g_v = [s - share * v for s, v in zip(g_s, g, strict=True)]
+        elif self.g_v is None:
+            g_s = g
+        else:
+            scale = BETA * flat(g).norm() / flat(self.g_v).norm()
+            g_s = [v + scale * d for v, d in zip(g, self.g_v, strict=True)]
+        for name, v, s in zip(self.trained, g, g_s, strict=True):
+            update = {"both": s + v, "vanilla": v, "perturbed": s}[self.losses]
+            self.values[name] = (self.values[name] - update).detach().requires_grad_()
+
+
+def flat(tensors: Collection[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def assert_same(gm: nn.Module, values: Values) -> None:
+    parameters = dict(gm.named_parameters())
+    assert parameters.keys() == values.keys()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(
+            parameter, values[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("losses", ["both", "vanilla", "perturbed"])
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_one_step_equals_the_reference(case: int, losses: str) -> None:
+    gm, data = prepared(), batch()
+    reference = Reference(gm, case, losses)
+    run(gm, sgd(gm, case=case, losses=losses, period=1), [data])
+    reference.step(data)
+    assert_same(gm, reference.values)
+
+
+@pytest.mark.parametrize("losses", ["both", "perturbed"])
+@pytest.mark.parametrize("period", [4, 3])
+def test_successive_steps_equal_the_reference(period: int, losses: str) -> None:
+    """With period 3 the fourth step reuses the direction of the third."""
+    gm, data = prepared(), [batch() for _ in range(4)]
+    reference = Reference(gm, losses=losses, period=period)
+    run(gm, sgd(gm, losses=losses, period=period), data)
+    for each in data:
+        reference.step(each)
+    assert reference.g_v is not None
+    assert_same(gm, reference.values)
+
+
+@pytest.mark.parametrize("perturb", [(), ("bias",), ("norm", "clipping"), ("bias", "norm", "clipping")])
+def test_what_is_perturbed_besides_weights(perturb: tuple[str, ...]) -> None:
+    gm, data = prepared(), batch()
+    reference = Reference(gm, perturb=perturb)
+    run(gm, sgd(gm, period=1, perturb=perturb), [data])
+    reference.step(data)
+    assert_same(gm, reference.values)
+
+
+def test_frozen_parameters_are_neither_moved_nor_perturbed() -> None:
+    gm, data = prepared(), batch()
+    frozen = ("conv.weight", "norm.bias")
+    reference = Reference(gm, frozen=frozen)
+    for name in frozen:
+        gm.get_parameter(name).requires_grad_(False)
+    run(gm, sgd(gm, period=1), [data])
+    reference.step(data)
+    assert_same(gm, reference.values)
+
+
+@pytest.mark.parametrize("make", [lambda: prepared(precision=None), lambda: Network().double()])
+def test_unquantized_with_the_perturbed_loss_alone_is_sam(make: Callable[[], nn.Module]) -> None:
+    module, data = make(), [batch() for _ in range(2)]
+    reference = copy.deepcopy(module)
+    parameters = list(reference.parameters())
+    for x, y in data:  # SAM (ICLR 2021), Algorithm 1
+        g = torch.autograd.grad(loss_of(reference(x), y), parameters)
+        before, norm = [p.detach().clone() for p in parameters], flat(g).norm()
+        with torch.no_grad():
+            for p, v in zip(parameters, g, strict=True):
+                p += RHO * v / norm
+        g_s = torch.autograd.grad(loss_of(reference(x), y), parameters)
+        with torch.no_grad():
+            for p, old, v in zip(parameters, before, g_s, strict=True):
+                p.copy_(old - v)
+    run(module, sgd(module, period=1, losses="perturbed"), data)
+    assert_same(module, dict(reference.named_parameters()))
+
+
+def test_statistics_of_a_step_are_those_of_the_reference() -> None:
+    gm, data = prepared(), batch()
+    reference = Reference(gm)
+    opt = sgd(gm, period=2)
+    opt.param_groups[0]["lr"] = 0.0
+    g, g_s = flat(reference.gradients(data)), flat(reference.gradients(data, reference.perturbation(data)))
+    run(gm, opt, [data])
+    assert opt.last_step is not None
+    assert not opt.last_step.second_pass
+    assert opt.last_step.cosine is None
+    run(gm, opt, [data])
+    step = opt.last_step
+    assert step.second_pass
+    torch.testing.assert_close(step.loss, reference.loss(data).detach())
+    perturbed_loss = reference.loss(data, reference.perturbation(data))
+    torch.testing.assert_close(step.perturbed_loss, perturbed_loss.detach())
+    assert step.gradient_norm == pytest.approx(float(g.norm()))
+    assert step.cosine == pytest.approx(float(g @ g_s / (g.norm() * g_s.norm())))
+
+
+def test_running_statistics_move_once_a_step() -> None:
+    gm, (x, y) = prepared(), batch()
+    once = copy.deepcopy(gm)
+    once(x)
+    run(gm, sgd(gm, period=1), [(x, y)])
+    moved, expected = dict(gm.named_buffers()), dict(once.named_buffers())
+    assert int(moved["norm.num_batches_tracked"]) == 1
+    for name, buffer in expected.items():
+        assert torch.equal(moved[name], buffer), name
+
+
+def test_both_passes_see_the_same_random_numbers() -> None:
+    net = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+    data = [(torch.randn(4, 8), torch.randint(3, (4,)))]
+    once = copy.deepcopy(net)
+    state = torch.get_rng_state()
+    opt = SAQ(net, torch.optim.SGD(net.parameters(), 0.1), rho=0.0, period=1)
+    run(net, opt, data)
+    after = torch.rand(3)
+    assert opt.last_step is not None
+    assert opt.last_step.perturbed_loss == opt.last_step.loss
+    assert opt.last_step.cosine == pytest.approx(1.0)
+    torch.set_rng_state(state)
+    once(data[0][0])
+    assert torch.equal(after, torch.rand(3))
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.AdamW])
+@pytest.mark.parametrize("done", [1, 4])
+def test_resuming_is_bit_identical(make: Callable[..., torch.optim.Optimizer], done: int) -> None:
+    gm, data = prepared(), [batch() for _ in range(6)]
+    opt = SAQ(gm, make(gm.parameters()), RHO, period=3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10)
+    run(gm, opt, data[:done])
+    scheduler.step()
+    file = io.BytesIO()
+    torch.save({"opt": opt.state_dict(), "scheduler": scheduler.state_dict()}, file)
+    resumed_gm = copy.deepcopy(gm)
+    expected = run(gm, opt, data[done:])
+
+    resumed = SAQ(resumed_gm, make(resumed_gm.parameters()), RHO, period=3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(resumed, 10)
+    file.seek(0)
+    state = torch.load(file)
+    resumed.load_state_dict(state["opt"])
+    scheduler.load_state_dict(state["scheduler"])
+    assert run(resumed_gm, resumed, data[done:]) == expected
+    for a, b in zip(gm.parameters(), resumed_gm.parameters(), strict=True):
+        assert torch.equal(a, b)
+    scheduler.step()
+    assert resumed.param_groups[0]["lr"] == resumed.base_optimizer.param_groups[0]["lr"]
+
+
+def test_a_loaded_state_is_a_copy() -> None:
+    gm, data = prepared(), [batch() for _ in range(4)]
+    opt = sgd(gm, lr=0.1, period=2)
+    run(gm, opt, data[:2])
+    other_gm = copy.deepcopy(gm)
+    other = sgd(other_gm, lr=0.1, period=2)
+    other.load_state_dict(opt.state_dict())
+    before = {key: value.clone() for key, value in other.state_dict()["saq"]["direction"].items()}
+    run(gm, opt, data[2:])
+    for key, value in other.state_dict()["saq"]["direction"].items():
+        assert torch.equal(value, before[key])
+
+
+def snapshot(gm: nn.Module, opt: SAQ) -> list[Tensor]:
+    momentum = [state["momentum_buffer"] for state in opt.state.values() if "momentum_buffer" in state]
+    return [tensor.detach().clone() for tensor in (*gm.parameters(), *momentum)]
+
+
+@pytest.mark.parametrize("bad_call", [0, 1])
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(bad_call: int) -> None:
+    """The loss turns infinite in the first or the second pass."""
+    gm, data = prepared(), batch()
+    opt = SAQ(gm, torch.optim.SGD(gm.parameters(), 0.1, momentum=0.9), RHO, period=1)
+    run(gm, opt, [data])
+    before, calls = snapshot(gm, opt), []
+
+    def closure() -> Tensor:
+        calls.append(None)
+        factor = math.inf if len(calls) == bad_call + 1 else 1.0
+        return factor * loss_of(gm(data[0]), data[1])
+
+    with pytest.warns(RuntimeWarning, match="SAQ skipped step 2: loss .* Look at the batch") as caught:
+        opt.step(closure)
+    assert caught[0].filename == __file__
+    calls.clear()
+    opt.step(closure)  # warns no more: a warning is an error
+    assert opt.skipped_steps == 2
+    assert opt.last_step is not None
+    assert opt.last_step.skipped
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(gm, opt), before, strict=True))
+    run(gm, opt, [data])
+    assert not all(torch.equal(a, b) for a, b in zip(snapshot(gm, opt), before, strict=True))
+
+
+def test_leaves_have_no_delta_between_steps() -> None:
+    gm = prepared()
+    run(gm, sgd(gm, period=1), [batch()])
+    leaves = [module for module in gm.modules() if isinstance(module, Perturbation)]
+    assert len(leaves) == 6
+    assert all(leaf.delta is None for leaf in leaves)
+
+
+def test_a_flat_loss_takes_no_step() -> None:
+    net = nn.Linear(3, 2)
+    before = net.weight.detach().clone()
+    opt = SAQ(net, torch.optim.SGD(net.parameters(), 1.0), period=1)
+    opt.step(lambda: 0 * net(torch.randn(4, 3)).sum())
+    assert torch.equal(net.weight, before)
+    assert opt.skipped_steps == 0
+
+
+def test_it_is_a_torch_optimizer() -> None:
+    gm, data = prepared(), [batch() for _ in range(3)]
+    base = torch.optim.SGD(gm.parameters(), 0.1, momentum=0.9)
+    opt = SAQ(gm, base, RHO, period=2)
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert opt.param_groups is base.param_groups
+    assert opt.state is base.state
+    assert opt.defaults == base.defaults
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 4)
+    rates = []
+    for each in data:
+        run(gm, opt, [each])
+        scheduler.step()
+        rates.append(base.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * t / 4)) / 2 for t in (1, 2, 3)])
+    opt.zero_grad()
+    assert all(p.grad is None for p in gm.parameters())
+
+
+def test_groups_are_added_to_both_optimizers() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    opt = SAQ(net, torch.optim.SGD(net[0].parameters(), 0.1), period=1)
+    opt.add_param_group({"params": net[1].parameters(), "lr": 0.2})
+    assert [group["lr"] for group in opt.base_optimizer.param_groups] == [0.1, 0.2]
+    before = net[1].weight.detach().clone()
+    run(net, opt, [(torch.randn(4, 3), torch.randint(2, (4,)))])
+    assert not torch.equal(net[1].weight, before)
+    with pytest.raises(TrainingError, match=r"parameter 0 of the group, of shape \(5, 5\)"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(5, 5))]})
+    assert len(opt.param_groups) == 2
+
+
+def test_a_wrapped_module_is_perturbed_through_its_leaves() -> None:
+    gm, data = prepared(), batch()
+    reference = Reference(gm)
+    wrapped = nn.Sequential(gm)
+    run(wrapped, sgd(wrapped, period=1), [data])
+    reference.step(data)
+    assert_same(gm, reference.values)
+
+
+def test_under_compile_both_passes_are_one_graph() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    gm, data = prepared(), [batch() for _ in range(3)]
+    reference, opt, counter = Reference(gm), sgd(gm, period=1), CompileCounter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.compile's own deprecations
+        run(torch.compile(gm, backend=counter), opt, data)  # type: ignore[arg-type]
+    for each in data:
+        reference.step(each)
+    assert counter.frame_count == 1
+    assert_same(gm, reference.values)
+
+
+def test_kinds_of_parameters_and_their_weight_decay() -> None:
+    gm = prepared()
+    kinds = {name: parameter_kinds(gm)[p] for name, p in gm.named_parameters()}
+    assert kinds == {name: Reference.kind(name) for name in kinds}
+    decayed, others = parameter_groups(gm, 0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert {id(p) for p in decayed["params"]} == {
+        id(p) for n, p in gm.named_parameters() if kinds[n] == "weight"
+    }
+    assert len(decayed["params"]) + len(others["params"]) == len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho": -0.1}, "rho must be .* not -0.1"),
+        ({"rho": math.nan}, "rho must be"),
+        ({"case": 4}, "case must be 1, 2 or 3, not 4"),
+        ({"period": 0}, "period must be .* not 0"),
+        ({"beta": math.inf}, "beta must be finite"),
+        ({"losses": "sharp"}, "losses must be one of both, vanilla, perturbed, not 'sharp'"),
+        ({"perturb": ("bias", "bn")}, "perturb takes bias, norm, clipping, not bn"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options: dict[str, Any], message: str) -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(TrainingError, match=message):
+        SAQ(net, torch.optim.SGD(net.parameters(), 0.1), **options)
+
+
+def test_misuse_is_named() -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(TrainingError, match=r"parameter 0 .* of shape \(2, 2\), is not in the module"):
+        SAQ(copy.deepcopy(net), torch.optim.SGD(net.parameters(), 0.1))
+    opt = SAQ(net, torch.optim.SGD(net.parameters(), 0.1))
+    with pytest.raises(TrainingError, match="closure must return the loss"):
+        opt.step(lambda: torch.zeros(()))
+    with pytest.raises(TrainingError, match="no parameter of the optimizer got a gradient"):
+        opt.step(lambda: torch.zeros((), requires_grad=True))
+    with pytest.raises(CheckpointError, match="state of a plain optimizer"):
+        opt.load_state_dict(opt.base_optimizer.state_dict())

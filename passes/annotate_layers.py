@@ -17,6 +17,7 @@ from saq_fx.annotation import (
     owner_classes,
     owner_path,
     record_of,
+    update,
     update_record,
 )
 from saq_fx.dataflow import depends_on_inputs, has_nonnegative_values, is_raw_input, reachable, tensor_at
@@ -163,10 +164,10 @@ def _base_name(call: _Call) -> str:
     owner = owner_path(call.node)
     if call.weight_source is None:
         return f"{owner}.{call.operator.name}" if owner else call.operator.name
-    path, _, field = call.weight_source.rpartition(".")
-    if field == "weight" or field.startswith("_tensor_constant"):
+    path, _, field = call.weight_source.partition(".parametrizations.")[0].rpartition(".")
+    if field.startswith(("weight", "_tensor_constant")):
         return path or call.operator.name
-    return call.weight_source.removesuffix("_weight")
+    return f"{path}.{field}".removeprefix(".").removesuffix("_weight")
 
 
 def _choice_groups(gm: SaqGraphModule, calls: list[_Call], names: list[str]) -> dict[str, str]:
@@ -203,28 +204,14 @@ def _positions(gm: SaqGraphModule, calls: list[_Call]) -> dict[fx.Node, str | No
 def _measure(gm: SaqGraphModule, calls: list[_Call], example_inputs: ExampleInputs) -> None:
     shapes = output_shapes(gm, example_inputs)
     for call in calls:
-        annotation = annotation_of(call.node)
-        if annotation is None or call.node not in shapes:
-            continue
         args = [shapes[arg] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in call.node.args]
-        annotate(
+        update(
             call.node,
-            _with_shapes(annotation, call, args, shapes[call.node]),
+            macs=call.operator.macs(args, shapes[call.node]),
+            activation_shape=args[call.activation_operand],
+            weight_shape=args[call.weight_operand],
+            output_shape=shapes[call.node],
         )
-
-
-def _with_shapes(
-    annotation: LayerAnnotation, call: _Call, args: list[Any], output: tuple[int, ...]
-) -> LayerAnnotation:
-    from dataclasses import replace
-
-    return replace(
-        annotation,
-        macs=call.operator.macs(args, output),
-        activation_shape=args[call.activation_operand],
-        weight_shape=args[call.weight_operand],
-        output_shape=output,
-    )
 
 
 def _uncounted(gm: SaqGraphModule) -> Iterable[tuple[str, str]]:

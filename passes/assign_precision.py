@@ -3,20 +3,18 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from saq_fx.annotation import LayerAnnotation, update
+from saq_fx.annotation import LayerAnnotation, effective_precision, update
 from saq_fx.errors import PassError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import FLOAT_BITS, LayerKey, Policy, Precision
-
-NETWORK_INPUT_BITS = 8
 
 
 @dataclass(frozen=True)
 class AssignPrecision(Pass):
     """Writes the policy's precision into each layer's annotation.
 
-    First and last layers are pinned to `first_last`; only a policy's entry under such a layer's exact name overrides
+    First and last layers, and those that share a weight with one, are pinned to `first_last`; only a policy's entry under such a layer's exact name overrides
     that. A product of two activations takes the activation width for both operands. The network's input is not
     quantized: it came with 8 bits, and a quantized first layer counts it so (SAQ, Sec. 5).
     """
@@ -33,8 +31,9 @@ class AssignPrecision(Pass):
             PatternError: a name or pattern of the policy matches no layer.
             PassError: layers that share a weight would get different weight bits.
         """
+        at_an_end = {layer.choice_group for _, layer in layers(gm) if layer.position}
         pinned = {
-            layer.name: self.first_last if layer.position and self.first_last else layer.pinned
+            layer.name: self.first_last if layer.choice_group in at_an_end and self.first_last else layer.pinned
             for _, layer in layers(gm)
         }
         keys = [LayerKey(each.name, each.op, each.module_classes, pinned[each.name]) for _, each in layers(gm)]
@@ -49,13 +48,11 @@ class AssignPrecision(Pass):
 
 
 def _effective(layer: LayerAnnotation, wanted: Precision | None) -> Precision:
-    """The precision that a layer can have: see the rules of AssignPrecision. Without a wish it stays as it is."""
+    """The precision that a layer can have; without a wish it stays as it is."""
     precision = wanted or layer.precision or Precision(FLOAT_BITS, FLOAT_BITS)
-    if layer.is_product:
-        return Precision(precision.activation, precision.activation)
-    if layer.reads_network_input and precision.weight != FLOAT_BITS:
-        return Precision(precision.weight, NETWORK_INPUT_BITS)
-    return precision
+    return effective_precision(
+        precision, is_product=layer.is_product, reads_network_input=layer.reads_network_input
+    )
 
 
 def _check_shared_weights(gm: SaqGraphModule) -> None:

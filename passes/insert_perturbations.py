@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from saq_fx.annotation import inherit_owner, record_of, update_record
+from saq_fx.dataflow import tensor_at
 from saq_fx.errors import PassError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.pass_base import Pass, PassResult, check_facts
@@ -28,7 +29,7 @@ class InsertPerturbations(Pass):
     2. `L(Q(w + eps(w)))`: before the quantizer; the gradient of its input.
     3. `L(Q(w) + eps(Q(w)))`: after the quantizer; the gradient of its output.
 
-    A tied weight has one leaf. Leaves of another case are moved; a graph without quantizers stays as it is.
+    A tied weight has one leaf. Leaves of another case are moved; a graph without quantizers gets none.
 
     Raises:
         PassError: no such case.
@@ -43,16 +44,18 @@ class InsertPerturbations(Pass):
             raise PassError(f"there is no perturbation case {self.case!r}: use 1, 2 or 3")
 
     def run(self, gm: SaqGraphModule) -> PassResult:
+        """Rewrites `gm` in place; leaves that are where they should be stay as they are."""
         quantizers = _weight_quantizers(gm)
         wanted = {_leaf_path(target, side) for target in quantizers for side in CASES[self.case]}
-        modified = wanted != set(_leaves(gm))
-        if modified:
+        misplaced = wanted != set(_leaves(gm))
+        modified = misplaced or record_of(gm).perturbation_case != self.case
+        if misplaced:
             _remove(gm)
-            for path in wanted:
+            for path in sorted(wanted):
                 gm.add_submodule(path, Perturbation())
             for target, nodes in quantizers.items():
                 for node in nodes:
-                    for side in set(CASES[self.case]):
+                    for side in sorted(set(CASES[self.case])):
                         _insert(node, _leaf_path(target, side), side)
         update_record(gm, perturbation_case=self.case)
         return PassResult(gm, modified)
@@ -63,7 +66,8 @@ class RemovePerturbations(Pass):
     """Takes every `Perturbation` out: `Q(w) + delta -> Q(w)`. For graphs to be saved or lowered."""
 
     def run(self, gm: SaqGraphModule) -> PassResult:
-        modified = _remove(gm)
+        """Rewrites `gm` in place."""
+        modified = _remove(gm) or record_of(gm).perturbation_case is not None
         update_record(gm, perturbation_case=None)
         return PassResult(gm, modified)
 
@@ -85,8 +89,7 @@ def _leaf_path(quantizer: str, side: str) -> str:
 
 
 def _leaf(gm: SaqGraphModule, quantizer: str, side: str) -> Perturbation:
-    leaf: Any = gm.get_submodule(_leaf_path(quantizer, side))
-    return leaf  # type: ignore[no-any-return]
+    return cast("Perturbation", gm.get_submodule(_leaf_path(quantizer, side)))
 
 
 def _leaves(gm: SaqGraphModule) -> list[str]:
@@ -128,7 +131,7 @@ class PerturbedWeight:
 
 
 def perturbed_weights(gm: SaqGraphModule) -> list[PerturbedWeight]:
-    """Every quantized weight that has trainable parameters behind it, in the order of execution.
+    """Every quantized weight that is computed from parameters, in the order of execution.
 
     Raises:
         PassError: the graph has no perturbation leaves.
@@ -154,8 +157,7 @@ def _parameters_behind(gm: SaqGraphModule, quantizer: fx.Node) -> tuple[nn.Param
         node = ahead.pop()
         ahead.extend(node.all_input_nodes)
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            tensor = getattr(gm.get_submodule(owner), name)
+            tensor = tensor_at(gm, str(node.target))
             if isinstance(tensor, nn.Parameter):
                 found[tensor] = None
     return tuple(found)

@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from saq_fx.annotation import LayerAnnotation
+from saq_fx.annotation import NETWORK_INPUT_BITS, LayerAnnotation
 from saq_fx.errors import PrecisionError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.passes.assign_precision import NETWORK_INPUT_BITS
 from saq_fx.precision import Precision
 
 CANDIDATES = (2, 3, 4, 6)

@@ -25,8 +25,8 @@ Table: TypeAlias = Sequence[Sequence[float]]
 Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[Any]  # int64, or Python integers where 64 bits are too few
 
-MAX_STATES = 2_000_000  # partial allocations in one pass of the dynamic program: about half a second
-SOLVER_SECONDS = 60.0
+MAX_STATES = 1_000_000  # partial allocations in one pass of the dynamic program: about half a second
+SOLVER_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,8 @@ def _enumerate(problem: _Problem) -> list[int] | None:
     With prices p, an allocation of scores s and costs c falls short of the Lagrangian bound on any total score by
     sum over groups of [max(s - p c) - (s - p c)] + p (spare - total c): the least shortfall is the best score.
     """
+    if not np.isfinite(problem.scores).any(axis=1).all():
+        return None
     prices = _prices(problem)
     values = problem.scores - problem.costs.astype(float) @ prices
     shortfalls = values.max(axis=1, keepdims=True) - values

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import fx
 
-from saq_fx.precision import Precision
+from saq_fx.precision import FLOAT_BITS, Precision
 from saq_fx.recipe import Recipe
 
 _KEY = "saq_fx"
+
+NETWORK_INPUT_BITS = 8
 _TRAINING_ONLY = "saq_fx_training_only"
 _OWNER = "nn_module_stack"
 
@@ -53,6 +55,19 @@ class LayerAnnotation:
     def is_product(self) -> bool:
         """Whether both operands are activations, as in attention."""
         return self.weight is None
+
+
+def effective_precision(wanted: Precision, *, is_product: bool, reads_network_input: bool) -> Precision:
+    """The precision that a layer has when it is asked for `wanted`, in bits.
+
+    Both operands of a product of activations have the activation width. The network's input is not quantized: it came
+    with 8 bits, and counts so unless the other operand is float (SAQ, Sec. 5).
+    """
+    weight = wanted.activation if is_product else wanted.weight
+    activation = wanted.activation
+    if reads_network_input:
+        activation = FLOAT_BITS if weight == FLOAT_BITS else NETWORK_INPUT_BITS
+    return Precision(activation if is_product else weight, activation)
 
 
 @dataclass(frozen=True)
@@ -147,9 +162,13 @@ def owner_classes(node: fx.Node) -> tuple[str, ...]:
 
 
 def dump_meta(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
-    """What pickling keeps of each node's meta: its annotation and its owner."""
-    kept = (_KEY, _OWNER, _TRAINING_ONLY)
-    return [{key: node.meta[key] for key in kept if key in node.meta} for node in nodes]
+    """What pickling keeps of each node's meta: its annotation, mode and owner, with classes by name."""
+    dumped = []
+    for node in nodes:
+        kept = {key: node.meta[key] for key in (_KEY, _TRAINING_ONLY) if key in node.meta}
+        classes = zip((path for path, _ in (node.meta.get(_OWNER) or {}).values()), owner_classes(node), strict=True)
+        dumped.append({**kept, _OWNER: {path: (path, name) for path, name in classes}})
+    return dumped
 
 
 def restore_meta(nodes: Iterable[fx.Node], metas: Iterable[dict[str, Any]]) -> None:

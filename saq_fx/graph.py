@@ -11,6 +11,7 @@ from torch.fx.node import _get_qualified_name
 
 from saq_fx import annotation
 from saq_fx.annotation import LayerAnnotation
+from saq_fx.precision import Precision
 
 
 class SaqGraphModule(fx.GraphModule):
@@ -29,6 +30,7 @@ class SaqGraphModule(fx.GraphModule):
                 _copy_attr(root, self, name)
         self._keep_out_of_state({name for name, _ in self.named_buffers()} - set(root.state_dict(keep_vars=True)))
         self.training = root.training
+        self.register_load_state_dict_post_hook(_read_bits)
 
     def _keep_out_of_state(self, buffers: set[str]) -> None:
         """Buffers that the model does not save (constants met while tracing, too) are not saved here either."""
@@ -130,6 +132,18 @@ def _rebuild(state: dict[str, Any], graph: dict[str, Any]) -> SaqGraphModule:
     module.__dict__.update(state)
     module.graph = _load_graph(graph)
     return module
+
+
+def _read_bits(gm: Any, incompatible_keys: Any) -> None:
+    """After loading a state dict, annotations have the bits that its quantizers brought along."""
+    for node, layer in layers(gm):
+        if layer.precision is None or layer.weight_quantizer is None:
+            continue
+        weight = gm.get_submodule(layer.weight_quantizer).bits
+        activation = layer.precision.activation
+        if layer.input_quantizer is not None:
+            activation = gm.get_submodule(layer.input_quantizer).bits
+        annotation.update(node, precision=Precision(weight, activation))
 
 
 def layers(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerAnnotation]]:

@@ -46,6 +46,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqG
     model = _copied(model)
     if isinstance(model, fx.GraphModule):
         gm = SaqGraphModule(model, model.graph)
+        gm.meta.update(model.meta)
         update_record(gm, tracing="given graph")
         return gm
     gm = SaqGraphModule(model, _symbolic_graph(model, *_arguments(model, example_inputs)), type(model).__name__)

@@ -34,7 +34,7 @@ PERTURBABLE = ("bias", "norm", "clipping")
 class StepStatistics:
     """What one step saw; the losses are 0-d tensors, and `cosine` is that of the two gradients, g_s and g.
 
-    `perturbed_loss` and `cosine` are None where no second pass ran, or where it ran into non-finite values.
+    `perturbed_loss` is None where no second pass ran; `cosine` also where a gradient is zero or not finite.
     """
 
     loss: Tensor

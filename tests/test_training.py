@@ -343,30 +343,43 @@ def snapshot(gm: nn.Module, opt: SAQ) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in (*gm.parameters(), *momentum)]
 
 
-@pytest.mark.parametrize("bad_call", [0, 1])
-def test_steps_that_are_not_finite_change_nothing_and_are_counted(bad_call: int) -> None:
-    """The loss turns infinite in the first or the second pass."""
-    gm, data = prepared(), batch()
-    opt = SAQ(gm, torch.optim.SGD(gm.parameters(), 0.1, momentum=0.9), RHO, period=1)
-    run(gm, opt, [data])
-    before, calls = snapshot(gm, opt), []
+@pytest.mark.parametrize(("period", "bad_pass"), [(1, 1), (1, 2), (4, 1)])
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(period: int, bad_pass: int) -> None:
+    gm, (x, y) = prepared(), batch()
+    opt = SAQ(gm, torch.optim.SGD(gm.parameters(), 0.1, momentum=0.9), RHO, period=period)
+    run(gm, opt, [(x, y)])
+    before, passes = snapshot(gm, opt), 0
 
     def closure() -> Tensor:
-        calls.append(None)
-        factor = math.inf if len(calls) == bad_call + 1 else 1.0
-        return factor * loss_of(gm(data[0]), data[1])
+        nonlocal passes
+        passes += 1
+        return (math.inf if passes == bad_pass else 1.0) * loss_of(gm(x), y)
 
     with pytest.warns(RuntimeWarning, match="SAQ skipped step 2: loss .* Look at the batch") as caught:
         opt.step(closure)
     assert caught[0].filename == __file__
-    calls.clear()
+    assert passes == bad_pass
+    passes = 0
     opt.step(closure)  # warns no more: a warning is an error
     assert opt.skipped_steps == 2
     assert opt.last_step is not None
     assert opt.last_step.skipped
     assert all(torch.equal(a, b) for a, b in zip(snapshot(gm, opt), before, strict=True))
-    run(gm, opt, [data])
+    run(gm, opt, [(x, y)])
     assert not all(torch.equal(a, b) for a, b in zip(snapshot(gm, opt), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:SAQ skipped")
+def test_a_second_pass_that_is_not_finite_leaves_no_direction() -> None:
+    gm, data = prepared(), batch()
+    opt = sgd(gm, lr=0.0, period=2)
+    run(gm, opt, [data] * 3)
+    g = flat(Reference(gm).gradients(data))
+    assert not torch.allclose(flat([p.grad for p in gm.parameters() if p.grad is not None]), 2 * g)
+    factors = iter([1.0, math.inf])
+    opt.step(lambda: next(factors) * loss_of(gm(data[0]), data[1]))
+    run(gm, opt, [data])
+    torch.testing.assert_close(flat([p.grad for p in gm.parameters() if p.grad is not None]), 2 * g)
 
 
 def test_leaves_have_no_delta_between_steps() -> None:

@@ -128,13 +128,16 @@ def test_modified_is_honest_and_cases_move_the_leaves() -> None:
     assert not run(RemovePerturbations(), gm)
 
 
-def test_an_unquantized_graph_stays_as_it_is() -> None:
+def test_an_unquantized_graph_gets_a_record_and_no_leaves() -> None:
     gm = prepared(precision=None)
     code = gm.code
+    assert run(InsertPerturbations(), gm)
     assert not run(InsertPerturbations(), gm)
     assert gm.code == code
     assert record_of(gm).perturbation_case == 3
     assert perturbed_weights(gm) == []
+    assert run(RemovePerturbations(), gm)
+    assert not run(RemovePerturbations(), gm)
 
 
 @pytest.mark.parametrize("case", [2, 3])

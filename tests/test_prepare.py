@@ -1,0 +1,239 @@
+"""The float graph is the model; the quantized one survives copies, and its bits change in place."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from saq_fx.annotation import record_of
+from saq_fx.errors import CalibrationError, PassError, PatternError, SaqError, TracingError
+from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.precision import Policy, Precision
+from saq_fx.prepare import apply_policy, calibrate, layer_quantizers, prepare_saq
+from saq_fx.quantizers import Quantizer
+from saq_fx.recipe import Recipe
+from saq_fx.tracing import split_inputs
+from tests.zoo import ZOO
+
+FAMILIES = (
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5",
+    "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t",
+    "swin_v2_t", "vgg11_bn", "vit_b_32",
+)  # fmt: skip
+SIZES = {"maxvit_t": 224, "vit_h_14": 224, "inception_v3": 96, "alexnet": 64, "googlenet": 64}
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors of a nested output, in order."""
+    found: list[Tensor] = []
+    torch.fx.node.map_aggregate(value, lambda item: found.append(item) if isinstance(item, Tensor) else None)
+    return found or [item for item in vars(value).values() if isinstance(item, Tensor)]
+
+
+def run(module: nn.Module, inputs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs, and gradients of the sum of their squares, from a fixed random state."""
+    module.zero_grad()
+    args, kwargs = split_inputs(inputs)
+    torch.manual_seed(1)
+    outputs = tensors(module(*args, **kwargs))
+    sum(each.square().sum() for each in outputs).backward()  # type: ignore[union-attr]
+    gradients = {name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None}
+    return outputs, gradients
+
+
+def assert_same_function(model: nn.Module, gm: nn.Module, inputs: Any) -> None:
+    for training in (False, True):
+        model.train(training)
+        gm.train(training)
+        expected, expected_gradients = run(model, inputs)
+        outputs, gradients = run(gm, inputs)
+        assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, expected_gradients[name]), f"gradient of {name}, training={training}"
+    buffers = dict(gm.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_float_graph_is_the_model(name: str) -> None:
+    model, inputs = ZOO[name].make(), ZOO[name].inputs()
+    gm = prepare_saq(model, example_inputs=inputs, precision=None)
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    assert_same_function(model, gm, inputs)
+
+
+def classifier(name: str) -> tuple[nn.Module, Tensor]:
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    if name.startswith("vit"):
+        nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision starts it at zero, which hides everything
+    size = SIZES.get(name, 224 if name.startswith("vit") else 64)
+    return model, torch.randn(2, 3, size, size)
+
+
+def check_classifier(name: str) -> None:
+    model, inputs = classifier(name)
+    gm = prepare_saq(model, example_inputs=inputs, precision=None)
+    assert_same_function(model, gm, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
+def test_float_graph_is_the_model_on_all_classifiers(name: str) -> None:
+    check_classifier(name)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"])
+def test_float_graph_is_the_model_on_classifiers(name: str) -> None:
+    check_classifier(name)
+
+
+def copies(gm: SaqGraphModule) -> dict[str, nn.Module]:
+    buffer = io.BytesIO()
+    torch.save(gm, buffer)
+    buffer.seek(0)
+    return {
+        "deepcopy": copy.deepcopy(gm),
+        "pickle": pickle.loads(pickle.dumps(gm)),
+        "torch.save": torch.load(buffer, weights_only=False),
+    }
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_copies_keep_outputs_bits_and_annotations(name: str) -> None:
+    inputs = ZOO[name].inputs()
+    gm = prepare_saq(ZOO[name].make(), example_inputs=inputs, precision="W3A5").eval()
+    args, kwargs = split_inputs(inputs)
+    expected = tensors(gm(*args, **kwargs))
+    for kind, other in copies(gm).items():
+        assert isinstance(other, SaqGraphModule)
+        assert [layer for _, layer in layers(other)] == [layer for _, layer in layers(gm)], kind
+        assert record_of(other) == record_of(gm), kind
+        assert all(torch.equal(*pair) for pair in zip(tensors(other(*args, **kwargs)), expected, strict=True)), kind
+        assert other.state_dict().keys() == gm.state_dict().keys(), kind
+        apply_policy(other, "W2A2")
+        assert all(layer.pinned or str(layer.precision) != "W2A2" for _, layer in layers(gm)), kind
+
+
+def test_state_dict_round_trip_keeps_bits() -> None:
+    inputs = ZOO["residual"].inputs()
+    gm = prepare_saq(ZOO["residual"].make(), example_inputs=inputs, precision="W4A4").eval()
+    apply_policy(gm, Policy({"block": "W2A3", "block@1": "W2A6"}))
+    expected = gm(inputs)
+    other = prepare_saq(ZOO["residual"].make(), example_inputs=inputs).eval()
+    other.load_state_dict(gm.state_dict())
+    assert torch.equal(other(inputs), expected)
+    assert [layer.precision for _, layer in layers(other)] == [layer.precision for _, layer in layers(gm)]
+
+
+def test_float_checkpoint_loads_and_levels_follow_it() -> None:
+    model, trained = ZOO["residual"].make(), ZOO["residual"].make()
+    inputs = ZOO["residual"].inputs()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(3.0)
+    gm = prepare_saq(model, example_inputs=inputs)
+    gm.load_state_dict(trained.state_dict())
+    expected = prepare_saq(trained, example_inputs=inputs)
+    gm.eval()(inputs)
+    level = gm.get_parameter("block.weight_quantizer.clipping_level")
+    assert torch.equal(level, expected.get_parameter("block.weight_quantizer.clipping_level"))
+    reloaded = gm.state_dict()
+    gm.load_state_dict(reloaded)
+    assert all(module.initialized for module in gm.modules() if isinstance(module, Quantizer))
+
+
+def test_shared_layers_have_one_weight_quantizer() -> None:
+    gm = prepare_saq(ZOO["residual"].make(), example_inputs=ZOO["residual"].inputs())
+    block, again = (layer for _, layer in layers(gm) if layer.name.startswith("block"))
+    assert block.weight_quantizer == again.weight_quantizer == "block.weight_quantizer"
+    assert (block.input_quantizer, again.input_quantizer) == ("block.input_quantizer", "block.input_quantizer_1")
+    assert sum(node.target == "block.weight_quantizer" for node in gm.graph.nodes) == 1
+    assert block.choice_group == again.choice_group == "block"
+
+
+def test_first_and_last_layers_are_pinned() -> None:
+    gm = prepare_saq(ZOO["residual"].make(), example_inputs=ZOO["residual"].inputs(), precision="W2A3")
+    precision = {layer.name: str(layer.precision) for _, layer in layers(gm)}
+    assert precision == {"stem": "W8A8", "block": "W2A3", "block@1": "W2A3", "head": "W8A8"}
+    first = next(layer for _, layer in layers(gm))
+    assert first.input_quantizer is None
+    assert first.reads_network_input
+
+
+def test_signedness_comes_from_the_producer() -> None:
+    gm = prepare_saq(ZOO["convolutions"].make(), example_inputs=ZOO["convolutions"].inputs())
+    signed = {layer.name: layer.activation_signed for _, layer in layers(gm)}
+    assert not signed["dilated"]
+    assert not signed["reflecting"]
+    assert signed["same"]
+    assert signed["transposed"]
+    recipe = Recipe(signed={"same": False})
+    gm = prepare_saq(ZOO["convolutions"].make(), example_inputs=ZOO["convolutions"].inputs(), recipe=recipe)
+    assert not gm.get_submodule("same.input_quantizer").signed
+
+
+@pytest.mark.parametrize("scheme", ["clip", "lsq"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_eight_bits_are_close_to_float(scheme: str, per_channel: bool) -> None:
+    model, inputs = ZOO["convolutions"].make().eval(), ZOO["convolutions"].inputs()
+    recipe = Recipe(scheme=scheme, per_channel=per_channel)
+    gm = prepare_saq(model, example_inputs=inputs, precision="W8A8", recipe=recipe)
+    expected = model(inputs)
+    assert (gm(inputs) - expected).norm() < 0.03 * expected.norm()
+
+
+def test_apply_policy_changes_bits_in_place() -> None:
+    inputs = ZOO["residual"].inputs()
+    gm = prepare_saq(ZOO["residual"].make(), example_inputs=inputs)
+    apply_policy(gm, Policy({"block*": Precision(2, 6)}))
+    for _, layer in layers(gm):
+        assert all(quantizer.bits == bits for quantizer, bits in layer_quantizers(gm, layer))
+    weight = gm.get_submodule("block.weight_quantizer")(gm.get_parameter("block.weight"))
+    assert len(weight.unique()) == 4
+    calibrate(gm, [inputs, inputs])
+    assert all(module.initialized for module in gm.modules() if isinstance(module, Quantizer))
+
+
+def test_the_model_is_not_modified() -> None:
+    model = ZOO["residual"].make().train()
+    before = copy.deepcopy(model.state_dict())
+    gm = prepare_saq(model, example_inputs=ZOO["residual"].inputs())
+    gm(ZOO["residual"].inputs()).sum().backward()
+    assert type(model.stem) is nn.Conv2d
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training is True for module in model.modules())
+
+
+def test_a_traced_graph_is_accepted() -> None:
+    model, inputs = ZOO["residual"].make().eval(), ZOO["residual"].inputs()
+    gm = prepare_saq(torch.fx.symbolic_trace(model), example_inputs=inputs, precision=None)
+    assert torch.equal(gm(inputs), model(inputs))
+    assert record_of(gm).tracing == "given graph"
+
+
+def test_errors_name_what_is_wrong() -> None:
+    model, inputs = ZOO["residual"].make(), ZOO["residual"].inputs()
+    with pytest.raises(PatternError, match="blokc"):
+        prepare_saq(model, example_inputs=inputs, precision=Policy({"blokc": "W4A4"}))
+    with pytest.raises(SaqError, match="nn.Module, not str"):
+        prepare_saq("resnet18")  # type: ignore[arg-type]
+    gm = prepare_saq(model, example_inputs=inputs)
+    with pytest.raises(SaqError, match="apply_policy"):
+        prepare_saq(gm, example_inputs=inputs)
+    with pytest.raises(CalibrationError, match="no batches"):
+        calibrate(gm, [])
+    with pytest.raises(CalibrationError, match="stem"):
+        calibrate(gm, [torch.full_like(inputs, float("nan"))])
+    with pytest.raises(PassError, match="precision=None"):
+        apply_policy(prepare_saq(model, precision=None), "W4A4")
+    with pytest.raises(TracingError, match=r"shapes \[\(2, 5, 4, 4\)\]"):
+        prepare_saq(model, example_inputs=torch.randn(2, 5, 4, 4))

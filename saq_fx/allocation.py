@@ -1,10 +1,10 @@
 """Exact allocation on plain data: one choice a group, the largest total score, every limit kept.
 
 This is the multiple-choice knapsack problem (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, ch. 11).
-Costs become exact integers, so no limit is ever exceeded, and one that equals an attainable total is attained.
-The linear relaxation puts a price on cost. A choice whose score falls short of its price gives score away, and a
-dynamic program over all allocations that give away little proves the optimum. The rare instance that has too many
-of them (scores proportional to costs, say) is left to the branch and bound of HiGHS.
+Costs become exact integers: no limit is ever exceeded, and one that equals an attainable total is attained.
+The linear relaxation puts prices on costs and so bounds every score. A dynamic program over all allocations that
+come close to this bound proves the optimum. The rare instance where too many come close (scores proportional to
+costs, or many groups under several limits) is left to the branch and bound of HiGHS.
 """
 
 import math
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,17 +42,18 @@ class Constraint:
 def allocate(costs: Table, scores: Table, budget: float) -> list[int]:
     """Choose one index a group: the largest total score whose total cost is at most `budget`.
 
-    Of allocations with equal scores the cheapest is taken. Raises what `allocate_under` raises.
+    Of allocations with equal scores the cheapest is taken, unless HiGHS was needed.
+    Raises what `allocate_under` raises.
     """
     return allocate_under([Constraint(costs, budget)], scores)
 
 
 def allocate_under(constraints: Sequence[Constraint], scores: Table) -> list[int]:
-    """Choose one index a group: the largest total score that keeps every limit; repeatable.
+    """Choose one index a group: the largest total score that keeps every limit.
 
     Raises PrecisionError, naming the group, for tables that are empty, ragged or not finite, and
     InfeasibleBudgetError, naming the smallest feasible figures, where no allocation keeps all limits.
-    Warns if HiGHS was needed and could not prove its answer in time.
+    Warns if HiGHS was needed and could not prove its answer in SOLVER_SECONDS.
     """
     scores = _checked_table("scores", scores)
     checked = [_checked_constraint(constraint, scores) for constraint in constraints]
@@ -83,8 +84,8 @@ def smallest(costs: Table) -> float:
 def frontier(costs: Table, scores: Table) -> list[tuple[float, float, list[int]]]:
     """Efficient allocations as (cost, score, choice), from the cheapest one to the one with the best score.
 
-    These are the corners of the linear relaxation's trade-off: each is the optimum at its own cost. Between two of
-    them `allocate` may find others. Raises PrecisionError as `allocate` does.
+    These are the points that the linear relaxation passes through: each is the optimum at its own cost, and
+    between two of them `allocate` may find others. Raises PrecisionError as `allocate` does.
     """
     scores = _checked_table("scores", scores)
     costs = _checked_constraint(Constraint(costs, 0.0), scores).costs
@@ -162,6 +163,11 @@ class _Problem:
     scores: Floats  # [groups, choices]; -inf where a choice is left out
     spare: Integers  # [constraints]: what each limit leaves above the sum of the least costs
 
+    def shares(self, costs: Integers) -> Floats:
+        """Costs [..., constraints] as fractions of what is spare."""
+        fractions: Floats = (costs / np.maximum(self.spare, 1)).astype(np.float64)
+        return fractions
+
 
 def _reduce(constraints: Sequence[Constraint], scores: Table) -> _Problem:
     """Leave out what costs more than is spare, and what another choice equals or betters in every respect."""
@@ -202,16 +208,15 @@ def _no_more(costs: tuple[int, ...], others: tuple[int, ...]) -> bool:
 def _enumerate(problem: _Problem) -> list[int] | None:
     """The optimum by dynamic programming in widening circles; None where no allocation keeps all limits.
 
-    With prices p, an allocation of scores s and costs c falls short of the Lagrangian bound on any total score by
-    sum over groups of [max(s - p c) - (s - p c)] + p (spare - total c): the least shortfall is the best score.
+    At prices p, an allocation of scores s and costs c falls short of the Lagrangian bound on all total scores by
+    p (spare - sum c) + sum over groups of [max(s - p c) - (s - p c)]: the least shortfall is the best score.
     """
     if not np.isfinite(problem.scores).any(axis=1).all():
         return None
     prices = _prices(problem)
-    values = problem.scores - problem.costs.astype(float) @ prices
+    values = problem.scores - problem.shares(problem.costs) @ prices
     shortfalls = values.max(axis=1, keepdims=True) - values
-    worst = np.where(np.isfinite(shortfalls), shortfalls, 0.0).max(axis=1).sum()
-    worst += prices @ problem.spare.astype(float)
+    worst = prices.sum() + np.where(np.isfinite(shortfalls), shortfalls, 0.0).max(axis=1).sum()
     for halvings in range(30, -1, -1):
         chosen = _search(problem, prices, shortfalls, worst / 2.0**halvings + 1e-12 * worst)
         if chosen is not None:
@@ -222,11 +227,12 @@ def _enumerate(problem: _Problem) -> list[int] | None:
 def _search(problem: _Problem, prices: Floats, shortfalls: Floats, radius: float) -> list[int] | None:
     """The best score, then the least cost, among allocations that fall short by at most `radius`."""
     kept = shortfalls <= radius
+    counts = kept.sum(axis=1)
     least = np.where(kept[:, :, None], problem.costs, problem.spare).min(axis=1)
     most = np.where(kept[:, :, None], problem.costs, 0).max(axis=1)
     chosen = shortfalls.argmin(axis=1)
-    order = np.argsort(kept.sum(axis=1), kind="stable")
-    closed, opened = np.split(order, [min(int((kept.sum(axis=1) == 1).sum()), len(order) - 1)])
+    # Groups with one choice left are settled at once; at least one group stays, to check the total.
+    closed, opened = np.split(np.argsort(counts, kind="stable"), [min(sum(counts == 1), len(counts) - 1)])
     used = problem.costs[closed, chosen[closed]].sum(axis=0, keepdims=True)
     score, short, visited, history = np.zeros(1), np.zeros(1), 0, []
     later_least, later_most = least[opened].sum(axis=0), most[opened].sum(axis=0)
@@ -239,8 +245,8 @@ def _search(problem: _Problem, prices: Floats, shortfalls: Floats, radius: float
         used = (used[:, None] + problem.costs[group, options]).reshape(-1, used.shape[1])
         score = np.add.outer(score, problem.scores[group, options]).ravel()
         short = np.add.outer(short, shortfalls[group, options]).ravel()
-        unused = np.maximum(problem.spare - used - later_most, 0).astype(float) @ prices
-        alive = (used + later_least <= problem.spare).all(axis=1) & (short + unused <= radius)
+        unused = problem.shares(np.maximum(problem.spare - used - later_most, 0))
+        alive = (used + later_least <= problem.spare).all(axis=1) & (short + unused @ prices <= radius)
         states = _undominated(used, score, np.flatnonzero(alive))
         if not len(states):
             return None
@@ -254,81 +260,76 @@ def _search(problem: _Problem, prices: Floats, shortfalls: Floats, radius: float
 
 
 def _undominated(used: Integers, score: Floats, states: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The states, cheapest first, without those that another one matches: at no more cost, or at equal costs."""
+    """The given states, cheapest first, without those that another matches at no more of the one cost.
+
+    Under several constraints only states of equal costs are compared: more would cost more than it saves.
+    """
     states = states[np.lexsort((-score[states], *used[states].T[::-1]))]
+    kept = np.ones(len(states), dtype=bool)
     if used.shape[1] == 1:
-        best = np.maximum.accumulate(score[states])
-        fresh = score[states][1:] > best[:-1]
+        kept[1:] = score[states][1:] > np.maximum.accumulate(score[states])[:-1]
     else:
-        fresh = (used[states][1:] != used[states][:-1]).any(axis=1)
-    return states[np.concatenate([np.ones(min(len(states), 1), bool), fresh])]
+        kept[1:] = (used[states][1:] != used[states][:-1]).any(axis=1)
+    return states[kept]
 
 
 class _LinearForm(NamedTuple):
-    """One variable a choice: lose least, one choice a group, no more than all that is spare."""
+    """The problem as a linear program with one variable a choice."""
 
-    where: tuple[NDArray[np.intp], ...]  # group and index of each variable
-    losses: Floats  # [variables], from 0 to 1 in units of `unit`
+    where: tuple[NDArray[np.intp], ...]  # each variable's group and choice
+    losses: Floats  # [variables]: score below the group's best, in units of `unit`
     unit: float
-    groups: csr_array  # [groups, variables], one 1 a column
-    costs: Floats  # [constraints, variables], as shares of what is spare
+    groups: Any  # [groups, variables], sparse: 1 where the variable is of the group
+    shares: Floats  # [constraints, variables]
 
-
-def _linear_form(problem: _Problem) -> _LinearForm:
-    where = np.nonzero(np.isfinite(problem.scores))
-    losses = -problem.scores[where]
-    unit = float(losses.max()) or 1.0
-    variables = np.arange(len(losses))
-    groups = csr_array((np.ones(len(losses)), (where[0], variables)), (len(problem.scores), len(losses)))
-    costs = (problem.costs[where].astype(float) / np.maximum(problem.spare, 1).astype(float)).T
-    return _LinearForm(where, losses / unit, unit, groups, costs)
+    @classmethod
+    def of(cls, problem: _Problem) -> Self:
+        where = np.nonzero(np.isfinite(problem.scores))
+        losses = -problem.scores[where]
+        unit = float(losses.max()) or 1.0
+        groups = csr_array((np.ones(len(losses)), (where[0], np.arange(len(losses)))))
+        return cls(where, losses / unit, unit, groups, problem.shares(problem.costs[where]).T)
 
 
 def _prices(problem: _Problem) -> Floats:
-    """Score per unit of each cost, from the dual of the linear relaxation.
+    """The score that all of each spare cost is worth: the dual of the linear relaxation (HiGHS).
 
-    Any prices give a valid bound: rounding does no harm, and where the relaxation has no solution zeros will do.
+    Any prices give a valid bound: rounding does no harm, and where there is no solution zeros will do.
     """
-    form = _linear_form(problem)
-    ones = np.ones(len(problem.spare)), np.ones(len(problem.scores))
-    solution = linprog(form.losses, A_ub=form.costs, b_ub=ones[0], A_eq=form.groups, b_eq=ones[1])
-    if solution.status != 0:
-        return np.zeros(len(problem.spare))
-    shares = np.maximum(-solution.ineqlin.marginals, 0.0)
-    return shares * form.unit / np.maximum(problem.spare, 1).astype(float)
+    form = _LinearForm.of(problem)
+    limits, ones = np.ones(len(problem.spare)), np.ones(len(problem.scores))
+    solution = linprog(form.losses, A_ub=form.shares, b_ub=limits, A_eq=form.groups, b_eq=ones)
+    marginals = np.asarray(solution.ineqlin.marginals if solution.status == 0 else -0.0 * limits)
+    return np.maximum(-form.unit * marginals, 0.0)
 
 
 def _branch_and_bound(problem: _Problem) -> list[int] | None:
     """The optimum by HiGHS, to its tolerances; None where it finds that no allocation keeps all limits.
 
-    Its answer may exceed a limit by one part in a million: the limits are tightened until it keeps them exactly.
+    Its answer may exceed a limit by one part in a million: the limits are tightened until it keeps them.
     """
-    form = _linear_form(problem)
+    form = _LinearForm.of(problem)
     margin = 0.0
     while True:
+        limits = LinearConstraint(form.shares, -np.inf, 1 - margin)
         solution = milp(
-            1e3 * form.losses,
-            integrality=1,
+            1e3 * form.losses,  # HiGHS stops at an absolute gap of 1e-6: a billionth of the largest loss
+            integrality=np.ones(len(form.losses)),
             bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(form.groups, 1, 1),
-                LinearConstraint(form.costs, -np.inf, 1 - margin),
-            ],
+            constraints=[LinearConstraint(form.groups, 1, 1), limits],
             options={"mip_rel_gap": 0.0, "time_limit": SOLVER_SECONDS},
         )
         if solution.status == 2:
             return None
         if solution.x is None:
             raise SaqError(f"HiGHS found no allocation: {solution.message}")
-        shares = np.zeros(problem.scores.shape)
-        shares[form.where] = solution.x
-        chosen = shares.argmax(axis=1)
+        variables = np.zeros(problem.scores.shape)
+        variables[form.where] = solution.x
+        chosen = variables.argmax(axis=1)
         if (problem.costs[np.arange(len(chosen)), chosen].sum(axis=0) <= problem.spare).all():
             break
         margin = max(2 * margin, 1e-9)
     if solution.status != 0:
         gap = (solution.fun - solution.mip_dual_bound) / 1e3 * form.unit
-        warnings.warn(
-            f"a better allocation is not ruled out: its score may be {gap:.3g} higher", stacklevel=3
-        )
+        warnings.warn(f"the allocation is not proven optimal; one may score {gap:.3g} more", stacklevel=3)
     return [int(index) for index in chosen]

@@ -48,6 +48,11 @@ class LayerCost:
     pinned: Precision | None = None
     precision: Precision | None = None
 
+    @property
+    def assigned(self) -> Precision:
+        """The precision that the layer has; float where it was given none."""
+        return self.precision or _FLOAT
+
     def effective(self, precision: Precision) -> Precision:
         """The precision that the layer has when it is asked for this one."""
         return effective_precision(
@@ -131,7 +136,7 @@ class CostTable:
     @property
     def assigned(self) -> dict[str, Precision]:
         """The precision that each layer has; float where it was given none."""
-        return {layer.name: layer.precision or _FLOAT for layer in self}
+        return {layer.name: layer.assigned for layer in self}
 
     def uniform(self, precision: Precision) -> dict[str, Precision]:
         """The assignment of one precision to every layer that is not pinned."""
@@ -148,7 +153,7 @@ class CostTable:
             if group not in self.groups:
                 raise PatternError(_unknown("group", group, list(self.groups)))
         return {
-            group: tuple(candidates.get(group, ())) or (_pin(found) or found[0].precision or _FLOAT,)
+            group: tuple(candidates.get(group, ())) or (_pin(found) or found[0].assigned,)
             for group, found in self.groups.items()
         }
 
@@ -156,6 +161,16 @@ class CostTable:
     def total_macs(self) -> int:
         """MACs of all layers."""
         return sum(layer.macs for layer in self)
+
+    @property
+    def total_weight_elements(self) -> int:
+        """Elements of all weights."""
+        return sum(layer.weight_elements for layer in self)
+
+    @property
+    def total_activation_elements(self) -> int:
+        """Elements of all layers' input activations."""
+        return sum(layer.activation_elements for layer in self)
 
     def total_bitops(self, assignment: Assignment) -> int:
         """BitOps of all layers."""
@@ -168,20 +183,12 @@ class CostTable:
     def average_weight_bits(self, assignment: Assignment) -> float:
         """Bits of a weight element on average; 0 where there are none."""
         total = sum(layer.weight_bits(precision) for layer, precision in self._with(assignment))
-        return total / (self._weight_elements or 1)
+        return total / (self.total_weight_elements or 1)
 
     def average_activation_bits(self, assignment: Assignment) -> float:
         """Bits of an element of the layers' input activations on average; 0 where there are none."""
         total = sum(layer.activation_bits(precision) for layer, precision in self._with(assignment))
-        return total / (self._activation_elements or 1)
-
-    @property
-    def _weight_elements(self) -> int:
-        return sum(layer.weight_elements for layer in self)
-
-    @property
-    def _activation_elements(self) -> int:
-        return sum(layer.activation_elements for layer in self)
+        return total / (self.total_activation_elements or 1)
 
     def _with(self, assignment: Assignment) -> Iterator[tuple[LayerCost, Precision]]:
         for layer in self:
@@ -203,6 +210,8 @@ class CostTable:
             raise CheckpointError(f"no cost table, for it is not valid JSON: {error}") from error
         if not isinstance(data, dict) or (data.get("format"), data.get("version")) != ("saq_fx.cost_table", 1):
             raise CheckpointError("no cost table: 'format' should be 'saq_fx.cost_table' and 'version' 1")
+        if not isinstance(data.get("layers"), list):
+            raise CheckpointError("no cost table: field 'layers' should be a list")
         return CostTable(tuple(LayerCost.from_dict(layer) for layer in data["layers"]))
 
 
@@ -284,12 +293,12 @@ def _measures(budget: Budget, costs: CostTable) -> list[_Measure]:
         return [_Measure("weight bytes", "bytes", LayerCost.weight_bytes, 1)]
     if budget.kind == "average_bits":
         averages = (
-            _Measure("weight bits", "bits", LayerCost.weight_bits, costs._weight_elements),
-            _Measure("activation bits", "bits", LayerCost.activation_bits, costs._activation_elements),
+            _Measure("weight bits", "bits", LayerCost.weight_bits, costs.total_weight_elements),
+            _Measure("activation bits", "bits", LayerCost.activation_bits, costs.total_activation_elements),
         )
         return [measure for measure in averages if measure.scale]
-    reference = costs.total_bitops({layer.name: budget.of for layer in costs}) if budget.of is not None else 1
-    return [_Measure("BitOps", "BitOps", LayerCost.bitops, reference)]
+    reference = 1 if budget.of is None else costs.total_bitops({layer.name: budget.of for layer in costs})
+    return [_Measure("BitOps", "BitOps", LayerCost.bitops, reference or 1)]
 
 
 def budget_constraints(

@@ -7,6 +7,7 @@ where it steers an `if`, the model is traced in both modes and the two graphs ar
 
 import copy
 import inspect
+import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -141,8 +142,8 @@ def _run_tracer(model: nn.Module, tracer: SymbolicTracer) -> fx.Graph:
 def _source_line(error: BaseException) -> str:
     """The last line of the user's code on the way to an error."""
     frames = traceback.extract_tb(error.__traceback__)
-    torch_root = torch.__path__[0]
-    own = [frame for frame in frames if not frame.filename.startswith(torch_root) and frame.filename != __file__]
+    libraries = (torch.__path__[0], os.path.dirname(__file__))
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
     if not own:
         return "no source line"
     return f"{own[-1].filename}:{own[-1].lineno} `{own[-1].line}`"

@@ -1,0 +1,149 @@
+"""From model to graph: modes, guards, fixed arguments, and errors that name the place."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from saq_fx.annotation import record_of
+from saq_fx.errors import TracingError
+from saq_fx.tracing import trace
+
+
+class Mode(nn.Module):
+    """Dropout by the flag, and an `if` on the flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.inner(x), 0.5, self.training)
+        if self.training:
+            x = x + torch.randn_like(x)
+        return x
+
+
+@pytest.mark.parametrize("traced_in_training", [False, True])
+def test_modes_stay_alive(traced_in_training: bool) -> None:
+    model, x = Mode().train(traced_in_training), torch.randn(3, 4)
+    gm = trace(model, x)
+    assert gm.training == traced_in_training
+    for training in (True, False, True):
+        model.train(training)
+        gm.train(training)
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        assert torch.equal(gm(x), expected)
+    assert type(model.training) is bool
+
+
+def test_a_frozen_part_keeps_its_mode() -> None:
+    model = nn.Sequential(Flagged(), Flagged())
+    gm = trace(model, torch.randn(3, 4)).train()
+    gm.get_submodule("0").eval()
+    x = torch.ones(3, 4)
+    torch.manual_seed(0)
+    once = F.dropout(x, 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(gm(x), once)
+
+
+class Flagged(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
+class Optional(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        return x * scale if mask is None else x * mask
+
+
+def test_unused_arguments_are_fixed_and_guarded() -> None:
+    x = torch.randn(3)
+    gm = trace(Optional(), x)
+    assert torch.equal(gm(x), 2 * x)
+    assert torch.equal(gm(x, None, 2.0), 2 * x)
+    with pytest.raises(TracingError, match="'mask' was fixed at its default None"):
+        gm(x, torch.ones(3))
+    masked = trace(Optional(), {"x": x, "mask": torch.zeros(3)})
+    assert torch.equal(masked(x=x, mask=torch.ones(3)), x)
+
+
+class Sized(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 2:
+            x = x[:2]
+        total = torch.zeros(x.shape[1])
+        for row in x:
+            total = total + row
+        return total
+
+
+def test_control_flow_is_decided_by_the_example_and_guarded() -> None:
+    gm = trace(Sized(), torch.randn(5, 3))
+    for rows, width in ((5, 3), (4, 7)):
+        x = torch.randn(rows, width)
+        assert torch.equal(gm(x), Sized()(x))
+    with pytest.raises(TracingError, match="another path"):
+        gm(torch.randn(1, 3))
+    with pytest.raises(TracingError, match=r"Sized.*test_tracing\.py:\d+.*pass example_inputs"):
+        trace(Sized())
+
+
+class Caching(nn.Module):
+    """Keeps what it computed, as position tables do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+        self.last = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x * 2
+        self.table = x.sum(0)
+        return x + self.table
+
+
+def test_symbolic_values_do_not_stay_in_the_model() -> None:
+    gm = trace(Caching(), torch.randn(2, 3))
+    assert all(type(buffer) is Tensor for buffer in gm.buffers())
+    x = torch.randn(2, 3)
+    assert torch.equal(gm(x), Caching()(x))
+
+
+class Constants(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([2.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.sqrt() + torch.arange(3)
+
+
+def test_constants_move_but_are_not_saved_and_buffers_stay_live() -> None:
+    gm = trace(Constants(), torch.randn(3))
+    assert list(gm.state_dict()) == ["scale"]
+    gm.scale.fill_(9.0)
+    assert torch.equal(gm(torch.ones(3)), torch.arange(3) + 3.0)
+    gm.double()
+    assert gm(torch.ones(3, dtype=torch.double)).dtype == torch.double
+
+
+class Uncopyable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.history = nn.Linear(2, 2)(torch.randn(2))
+
+
+def test_errors_name_model_and_argument() -> None:
+    with pytest.raises(TracingError, match="Uncopyable cannot be copied"):
+        trace(Uncopyable())
+    with pytest.raises(TracingError, match=r"do not fit Optional\.forward"):
+        trace(Optional(), {"y": torch.ones(1)})
+
+
+def test_the_way_taken_is_recorded() -> None:
+    assert record_of(trace(Optional())).tracing == "symbolic"
+    assert record_of(trace(torch.fx.symbolic_trace(nn.Linear(2, 2)))).tracing == "given graph"

@@ -76,14 +76,21 @@ def _insert_second(gm: SaqGraphModule, node: fx.Node, layer: LayerAnnotation, sc
         update(node, weight_quantizer=str(shared.target))
         return
     channels = _output_channels(gm, layer, weight) if recipe.per_channel else None
+    normalize = recipe.normalize_weights and layer.op.startswith("conv") and _feeds_batchnorm(gm, node)
     _insert(
         gm,
         node,
         layer,
         layer.weight_operand,
         "weight_quantizer",
-        lambda device, dtype: _weight_quantizer(layer, scheme, recipe, channels, device, dtype),
+        lambda device, dtype: _weight_quantizer(layer, scheme, normalize, channels, device, dtype),
     )
+
+
+def _feeds_batchnorm(gm: SaqGraphModule, node: fx.Node) -> bool:
+    """Whether BatchNorm, and nothing else, reads a layer's output."""
+    readers = [gm.get_submodule(str(user.target)) if user.op == "call_module" else None for user in node.users]
+    return bool(readers) and all(isinstance(reader, nn.modules.batchnorm._BatchNorm) for reader in readers)
 
 
 def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
@@ -108,7 +115,7 @@ def _activation_quantizer_maker(layer: LayerAnnotation, scheme: str, signed: boo
 def _weight_quantizer(
     layer: LayerAnnotation,
     scheme: str,
-    recipe: Recipe,
+    normalize: bool,
     channels: tuple[int, int] | None,
     device: torch.device | None,
     dtype: torch.dtype | None,
@@ -117,7 +124,6 @@ def _weight_quantizer(
     axis, count = channels if channels is not None else (0, None)
     if scheme == "lsq":
         return StepQuantizer(bits, signed=True, channels=count, channel_axis=axis, device=device, dtype=dtype)
-    normalize = recipe.normalize_weights and layer.op.startswith("conv")
     return ClipWeightQuantizer(
         bits, channels=count, channel_axis=axis, normalize=normalize, device=device, dtype=dtype
     )

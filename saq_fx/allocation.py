@@ -1,10 +1,10 @@
 """Exact allocation on plain data: one choice a group, the largest total score, every limit kept.
 
-This is the multiple-choice knapsack problem (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, ch. 11).
-Costs become exact integers: no limit is ever exceeded, and one that equals an attainable total is attained.
-The linear relaxation puts prices on costs and so bounds every score. A dynamic program over all allocations that
-come close to this bound proves the optimum. The rare instance where too many come close (scores proportional to
-costs, or many groups under several limits) is left to the branch and bound of HiGHS.
+This is the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger, Knapsack Problems, 2004, ch. 11).
+Costs become exact integers: no limit is ever exceeded, one that equals an attainable total is attained.
+The linear relaxation puts prices on costs and so bounds every score. A dynamic program over the allocations
+that come close to this bound proves the optimum. The rare instance where too many come close (scores
+proportional to costs, or many groups under several limits) is left to the branch and bound of HiGHS.
 """
 
 import math
@@ -75,7 +75,7 @@ def allocate_under(constraints: Sequence[Constraint], scores: Table) -> list[int
 
 
 def smallest(costs: Table) -> float:
-    """The smallest budget that `allocate` can keep: the sum of the groups' minima, rounded up if it must be."""
+    """The smallest budget that `allocate` can keep: the sum of the groups' minima, never rounded down."""
     total = sum((Fraction(min(group)) for group in costs), Fraction())
     nearest = float(total)
     return nearest if nearest >= total else math.nextafter(nearest, math.inf)
@@ -84,8 +84,8 @@ def smallest(costs: Table) -> float:
 def frontier(costs: Table, scores: Table) -> list[tuple[float, float, list[int]]]:
     """Efficient allocations as (cost, score, choice), from the cheapest one to the one with the best score.
 
-    These are the points that the linear relaxation passes through: each is the optimum at its own cost, and
-    between two of them `allocate` may find others. Raises PrecisionError as `allocate` does.
+    These are the corners of the linear relaxation: each is the optimum at its own cost, and between two of
+    them `allocate` may find others. Raises PrecisionError as `allocate` does.
     """
     scores = _checked_table("scores", scores)
     costs = _checked_constraint(Constraint(costs, 0.0), scores).costs
@@ -208,7 +208,7 @@ def _no_more(costs: tuple[int, ...], others: tuple[int, ...]) -> bool:
 def _enumerate(problem: _Problem) -> list[int] | None:
     """The optimum by dynamic programming in widening circles; None where no allocation keeps all limits.
 
-    At prices p, an allocation of scores s and costs c falls short of the Lagrangian bound on all total scores by
+    At prices p, an allocation of scores s and costs c falls short of the Lagrangian bound on all scores by
     p (spare - sum c) + sum over groups of [max(s - p c) - (s - p c)]: the least shortfall is the best score.
     """
     if not np.isfinite(problem.scores).any(axis=1).all():
@@ -217,8 +217,8 @@ def _enumerate(problem: _Problem) -> list[int] | None:
     values = problem.scores - problem.shares(problem.costs) @ prices
     shortfalls = values.max(axis=1, keepdims=True) - values
     worst = prices.sum() + np.where(np.isfinite(shortfalls), shortfalls, 0.0).max(axis=1).sum()
-    for halvings in range(30, -1, -1):
-        chosen = _search(problem, prices, shortfalls, worst / 2.0**halvings + 1e-12 * worst)
+    for step in range(60, -1, -1):
+        chosen = _search(problem, prices, shortfalls, worst * (2 ** (-step / 2) + 1e-12))
         if chosen is not None:
             return chosen
     return None
@@ -260,9 +260,9 @@ def _search(problem: _Problem, prices: Floats, shortfalls: Floats, radius: float
 
 
 def _undominated(used: Integers, score: Floats, states: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The given states, cheapest first, without those that another matches at no more of the one cost.
+    """The given states, cheapest first, without those whose score another one reaches at no more cost.
 
-    Under several constraints only states of equal costs are compared: more would cost more than it saves.
+    Under several constraints only states of equal costs are compared: comparing all takes too long.
     """
     states = states[np.lexsort((-score[states], *used[states].T[::-1]))]
     kept = np.ones(len(states), dtype=bool)
@@ -314,7 +314,7 @@ def _branch_and_bound(problem: _Problem) -> list[int] | None:
         limits = LinearConstraint(form.shares, -np.inf, 1 - margin)
         solution = milp(
             1e3 * form.losses,  # HiGHS stops at an absolute gap of 1e-6: a billionth of the largest loss
-            integrality=np.ones(len(form.losses)),
+            integrality=np.ones(len(form.losses), dtype=int),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(form.groups, 1, 1), limits],
             options={"mip_rel_gap": 0.0, "time_limit": SOLVER_SECONDS},

@@ -127,7 +127,7 @@ class CostTable:
 
     @cached_property
     def groups(self) -> dict[str, tuple[LayerCost, ...]]:
-        """The layers that share one choice of bits, by the name of their group, in the order of execution."""
+        """The layers that share one choice of bits, and a pin if any, by the name of their group."""
         members: dict[str, list[LayerCost]] = defaultdict(list)
         for layer in self:
             members[layer.group].append(layer)
@@ -140,8 +140,7 @@ class CostTable:
 
     def uniform(self, precision: Precision) -> dict[str, Precision]:
         """The assignment of one precision to every layer that is not pinned."""
-        pins = {group: _pin(found) for group, found in self.groups.items()}
-        return {layer.name: layer.effective(pins[layer.group] or precision) for layer in self}
+        return {layer.name: layer.effective(layer.pinned or precision) for layer in self}
 
     def choices(self, candidates: Candidates) -> dict[str, tuple[Precision, ...]]:
         """What every group can be, in the order of `groups`.
@@ -153,7 +152,7 @@ class CostTable:
             if group not in self.groups:
                 raise PatternError(_unknown("group", group, list(self.groups)))
         return {
-            group: tuple(candidates.get(group, ())) or (_pin(found) or found[0].assigned,)
+            group: tuple(candidates.get(group, ())) or (found[0].pinned or found[0].assigned,)
             for group, found in self.groups.items()
         }
 
@@ -249,10 +248,6 @@ def _layer_cost(gm: SaqGraphModule, layer: LayerAnnotation) -> LayerCost:
 def _parameter_bytes(gm: SaqGraphModule, path: str | None) -> int:
     parameters = gm.get_submodule(path).parameters() if path else ()
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-
-def _pin(group: Sequence[LayerCost]) -> Precision | None:
-    return next((layer.pinned for layer in group if layer.pinned is not None), None)
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> str:

@@ -56,6 +56,7 @@ def _draw_bits(axes: "Axes", report: PrecisionReport) -> None:
         axes.bar_label(bars, fontsize=6, padding=1)
     axes.set_yticks(positions, [row.name for row in report.rows], fontsize=7)
     axes.set_xlabel("bits")
+    axes.margins(x=0.08)  # room for the labels
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False)
 
 
@@ -65,4 +66,5 @@ def _draw_share(axes: "Axes", report: PrecisionReport) -> None:
     bars = axes.barh(range(len(shares)), shares, 2 * _BAR, color="tab:gray")
     axes.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
     axes.set_xlabel("share of the BitOps (%)")
-    axes.tick_params(labelleft=False)
+    axes.margins(x=0.12)
+    axes.tick_params(left=False, labelleft=False)

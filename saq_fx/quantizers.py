@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from saq_fx.errors import CalibrationError, PrecisionError
 from saq_fx.precision import FLOAT_BITS, MAX_BITS, MIN_BITS
 
-SMALLEST_LEVEL = 1e-8
-"""Levels are used at no less than this, whatever the optimizer made of them."""
+_SMALLEST_SHARE = 0.1
+"""Levels are used at no less than this share of what they were fitted to: a collapsed level never recovers."""
 
 _INITIALISATION_SAMPLES = 2**14
 _CANDIDATE_LEVELS = 16
@@ -172,11 +172,22 @@ class Quantizer(nn.Module):
     """
 
     signed: bool
+    smallest_level: Tensor
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, level: Tensor) -> None:
         super().__init__()
         self.bits = _checked_bits(bits)
         self.initialized = False
+        self.register_buffer("smallest_level", torch.zeros_like(level))
+
+    @property
+    def level(self) -> nn.Parameter:
+        """The parameter that scales the grid: a clipping level or a step."""
+        raise NotImplementedError
+
+    def guarded_level(self) -> Tensor:
+        """The level, at least the smallest; the gradient passes all the same, so that it can grow again."""
+        return self.level + (self.level.maximum(self.smallest_level) - self.level).detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized tensor, of the shape and type of `x`."""
@@ -205,6 +216,7 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             if x.numel() and bool(x.any()) and self.bits != FLOAT_BITS:
                 self.fit(x.detach(), method)
+                self.smallest_level.copy_(_SMALLEST_SHARE * self.level)
         self.initialized = self.bits != FLOAT_BITS
 
     def set_bits(self, bits: int) -> None:
@@ -212,14 +224,6 @@ class Quantizer(nn.Module):
         if _checked_bits(bits) != self.bits:
             self.bits = bits
             self.initialized = False
-
-    def integers(self, x: Tensor) -> Tensor:
-        """Integer codes of the quantized tensor, int64."""
-        raise NotImplementedError
-
-    def from_integers(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The quantized tensor from its integer codes."""
-        raise NotImplementedError
 
     def get_extra_state(self) -> Tensor:
         """Bits and whether the levels are set, as a tensor that every file format takes."""
@@ -246,7 +250,7 @@ class ClipWeightQuantizer(Quantizer):
 
     Args:
         channels, channel_axis: number and axis of output channels; None for one level per tensor.
-        normalize: quantize `(w - mean)/std` and multiply back by std (APoT; METHOD section 1); the level then is 1.
+        normalize: quantize `(w - mean)/std` and multiply back by std (APoT, used by SAQ, Sec. 5).
     """
 
     signed = True
@@ -261,23 +265,29 @@ class ClipWeightQuantizer(Quantizer):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(bits)
+        level = _ones(channels, device, dtype)
+        super().__init__(bits, level)
         self.channel_axis, self.normalize = channel_axis, normalize
-        self.clipping_level = nn.Parameter(_ones(channels, device, dtype))
+        self.clipping_level = nn.Parameter(level)
+
+    @property
+    def level(self) -> nn.Parameter:
+        """The clipping level."""
+        return self.clipping_level
 
     def quantize(self, x: Tensor) -> Tensor:
         """SAQ Eq. 1-2."""
-        level = _positive(_per_channel(self.clipping_level, x, self.channel_axis))
+        level = _per_channel(self.guarded_level(), x, self.channel_axis)
         if not self.normalize:
             return clip_weight(x, level, self.bits)
         std, mean = torch.std_mean(x.detach())
         return clip_weight((x - mean) / std, level, self.bits) * std
 
     def fit(self, x: Tensor, method: str) -> None:
-        """One level for the tensor or for each channel; 1 with normalization."""
+        """One level for the tensor or for each channel."""
         if self.normalize:
-            self.clipping_level.fill_(1.0)
-            return
+            std, mean = torch.std_mean(x)
+            x = (x - mean) / std
         rows = _rows(x, self.clipping_level, self.channel_axis)
         levels = _fit_level(rows.abs(), method, lambda level: clip_weight(rows, level, self.bits), rows)
         self.clipping_level.copy_(levels.reshape(self.clipping_level.shape))
@@ -289,12 +299,18 @@ class ClipActivationQuantizer(Quantizer):
     signed = False
 
     def __init__(self, bits: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__(bits)
-        self.clipping_level = nn.Parameter(_ones(None, device, dtype))
+        level = _ones(None, device, dtype)
+        super().__init__(bits, level)
+        self.clipping_level = nn.Parameter(level)
+
+    @property
+    def level(self) -> nn.Parameter:
+        """The clipping level."""
+        return self.clipping_level
 
     def quantize(self, x: Tensor) -> Tensor:
         """SAQ Eq. 1-2."""
-        return clip_activation(x, _positive(self.clipping_level), self.bits)
+        return clip_activation(x, self.guarded_level(), self.bits)
 
     def fit(self, x: Tensor, method: str) -> None:
         """One level for the tensor."""
@@ -317,14 +333,20 @@ class StepQuantizer(Quantizer):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(bits)
+        level = _ones(channels, device, dtype)
+        super().__init__(bits, level)
         self.signed, self.channel_axis = signed, channel_axis
-        self.step = nn.Parameter(_ones(channels, device, dtype))
+        self.step = nn.Parameter(level)
         self.offset = nn.Parameter(torch.zeros_like(self.step)) if offset else None
+
+    @property
+    def level(self) -> nn.Parameter:
+        """The step."""
+        return self.step
 
     def quantize(self, x: Tensor) -> Tensor:
         """LSQ Eq. 1-3, LSQ+ Eq. 1-2."""
-        step = _positive(_per_channel(self.step, x, self.channel_axis))
+        step = _per_channel(self.guarded_level(), x, self.channel_axis)
         if self.offset is None:
             return lsq(x, step, self.bits, self.signed)
         offset = _per_channel(self.offset, x, self.channel_axis)
@@ -362,11 +384,6 @@ def _checked_bits(bits: int) -> int:
 
 def _ones(channels: int | None, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
     return torch.ones(() if channels is None else (channels,), device=device, dtype=dtype)
-
-
-def _positive(level: Tensor) -> Tensor:
-    """The level, at least SMALLEST_LEVEL; the gradient passes, so that a level can grow again."""
-    return level + (level.clamp_min(SMALLEST_LEVEL) - level).detach()
 
 
 def _per_channel(level: Tensor, x: Tensor, axis: int) -> Tensor:

@@ -19,7 +19,8 @@ class Recipe:
         scheme: "clip" (SAQ Eq. 1-2) or "lsq" (LSQ, ICLR 2020; LSQ+, CVPRW 2020); None takes "lsq" for networks with
             attention and "clip" for the others. An activation that can be negative always gets LSQ+.
         per_channel: one clipping level per output channel of each weight, instead of one per tensor.
-        normalize_weights: standardise convolution weights before quantization (APoT; "clip" only).
+        normalize_weights: standardise the weights of convolutions that a BatchNorm follows before quantization ("clip"
+            only; APoT, SAQ Sec. 5). It conditions the clipping level; what it takes away, BatchNorm gives back.
         calibration: how initial clipping levels are set: "mse", "max" or "percentile".
         first_last: precision of the first and last layers; None pins none of them.
         signed: layer name or glob -> whether its input activation is signed, where the producer does not tell.
@@ -30,7 +31,7 @@ class Recipe:
 
     scheme: str | None = None
     per_channel: bool = False
-    normalize_weights: bool = False
+    normalize_weights: bool = True
     calibration: str = "mse"
     first_last: Precision | None = field(default_factory=lambda: Precision(8, 8))
     signed: Mapping[str, bool] = field(default_factory=dict)

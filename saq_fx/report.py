@@ -32,8 +32,9 @@ _HEADERS = (
 )
 _ALIGNMENT = ("left",) * 4 + ("right",) * 6 + ("left",)
 _NOTES = (
-    "Counted for a batch of one sample. A float operand has 32 bits; of a product of two activations, the column of "
-    "weight bits has those of the second. Weight bytes include the levels of the weight's quantizer.",
+    "Counted for a batch of one sample, or for the whole example where the model does not take one sample alone. A "
+    "float operand has 32 bits. The weight bits of a product of two activations are those of its second operand. "
+    "Weight bytes include the levels of the weight's quantizer.",
     "BitOps compare arithmetic at different bit-widths. They are not latency: that depends on the hardware.",
 )
 
@@ -43,7 +44,8 @@ class LayerRow:
     """One layer, for one sample.
 
     `weight_shape` is None for a product of two activations, whose `weight_bits` are those of its second operand.
-    `pinned` says why the bits are fixed ("first", "last", "only"), None where they are not.
+    `pinned` says why the bits are fixed: the layer is "first", "last" or the "only" one, or its weight is "shared" with
+    such a layer. None where they are not.
     """
 
     name: str
@@ -202,7 +204,7 @@ def _row(cost: LayerCost, layer: LayerAnnotation) -> LayerRow:
         bitops=cost.bitops(bits),
         weight_bytes=cost.weight_bytes(bits),
         activation_bytes=cost.activation_bytes(bits),
-        pinned=layer.position if layer.pinned else None,
+        pinned=(layer.position or "shared") if layer.pinned else None,
     )
 
 

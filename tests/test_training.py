@@ -52,7 +52,7 @@ def loss_of(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def prepared(precision: str | None = f"W{BITS}A{BITS}") -> SaqGraphModule:
-    recipe = Recipe(scheme="clip", first_last=None)
+    recipe = Recipe(scheme="clip", normalize_weights=False, first_last=None)
     return prepare_saq(Network().double(), example_inputs=batch()[0], precision=precision, recipe=recipe)
 
 

@@ -28,9 +28,11 @@ class Calibrate(Pass):
 
     Args:
         batches: inputs of the model, as for `example_inputs`; without any, levels are left to the first forward.
+        skip_nonfinite: leave a quantizer whose input overflows to a later forward, instead of raising.
     """
 
     batches: Iterable[ExampleInputs] = ()
+    skip_nonfinite: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"annotations", "quantizers"})
 
     def run(self, gm: SaqGraphModule) -> PassResult:
@@ -49,6 +51,8 @@ class Calibrate(Pass):
             try:
                 quantizer.initialize(torch.cat(samples) if len(samples) > 1 else samples[0], recipe.calibration)  # type: ignore[union-attr]
             except CalibrationError as error:
+                if self.skip_nonfinite:
+                    continue
                 raise CalibrationError(f"{path}: {error}") from error
         return PassResult(gm, modified=False)
 

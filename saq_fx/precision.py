@@ -1,9 +1,9 @@
 """What a user asks for: precisions, policies over layers, and budgets; all of them validated at birth."""
 
 import json
-import math
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -264,7 +264,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in ("bitops", "ratio", "average_bits", "weight_bytes"):
             raise PrecisionError(f"{self.kind!r} is no kind of budget; the forms are {_BUDGET_FORMS}")
-        if isinstance(self.value, bool) or not isinstance(self.value, Real) or not 0 < self.value < math.inf:
+        number = isinstance(self.value, Real) and not isinstance(self.value, bool)
+        if not (number and 0 < self.value <= sys.float_info.max):
             raise PrecisionError(f"a budget is a positive finite number, not {self.value!r}: {_BUDGET_FORMS}")
         if (self.kind == "ratio") != isinstance(self.of, Precision):
             raise PrecisionError(f"a ratio, and only a ratio, is of a precision, as in {_BUDGET_FORMS}")
@@ -331,4 +332,3 @@ class Budget:
 def _shortest(value: float, exponent: int = 0) -> str:
     """The fewest digits that read back as value, in units of 10**exponent."""
     return f"{Decimal(repr(value)).scaleb(-exponent).normalize():f}"
-def matching_layers(p, n): return []

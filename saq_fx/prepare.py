@@ -60,7 +60,7 @@ def prepare_saq(
             AnnotateLayers(example_inputs),
             AssignPrecision(policy, recipe.first_last),
             InsertQuantizers(recipe),
-            Calibrate(() if example_inputs is None else (example_inputs,)),
+            Calibrate(() if example_inputs is None else (example_inputs,), skip_nonfinite=True),
         )
     ).run(gm)
     return gm

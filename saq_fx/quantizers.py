@@ -160,7 +160,7 @@ def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
 class Quantizer(nn.Module):
     """A tensor's quantizer: bits, levels, and whether the levels have been set.
 
-    Levels that have not been set are fitted to the first tensor that comes. The state dict holds the levels, and bits
+    Levels that have not been set are fitted to the first finite tensor that comes. The state dict holds the levels, and bits
     and flag as a small tensor; loading a state dict without any of them (a float checkpoint) leaves the bits and has
     the levels fitted anew.
 
@@ -193,8 +193,8 @@ class Quantizer(nn.Module):
         """The quantized tensor, of the shape and type of `x`."""
         if self.bits == FLOAT_BITS:
             return x
-        if not self.initialized:
-            self.initialize(x.detach())
+        if not self.initialized and bool(torch.isfinite(x).all()):
+            self.initialize(x)
         return self.quantize(x)
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -209,7 +209,9 @@ class _Examples:
             return fx.node.map_aggregate(given, lambda item: item.clone() if isinstance(item, Tensor) else item)
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
-            return getattr(self._tracer.root.get_submodule(owner), name)
+            value = getattr(self._tracer.root.get_submodule(owner), name)
+            # Running statistics that this run moves must not be the model's own.
+            return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -249,10 +251,14 @@ def build_object(name: str, attributes: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _recording_factories() -> Iterator[None]:
-    """Within: functions that make tensors from sizes are recorded where a size is symbolic."""
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
-    for name, original in originals.items():
-        setattr(torch, name, _recorded(original))
+    """Within: functions that make tensors from sizes are recorded where a size is symbolic.
+
+    A graph cannot hold the scope of an autocast; it runs under the caller's.
+    """
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
+    for name in _FACTORIES:
+        setattr(torch, name, _recorded(originals[name]))
+    torch.autocast = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment, misc]
     try:
         yield
     finally:

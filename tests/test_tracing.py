@@ -131,6 +131,30 @@ def test_constants_move_but_are_not_saved_and_buffers_stay_live() -> None:
     assert gm(torch.ones(3, dtype=torch.double)).dtype == torch.double
 
 
+class FunctionalNorm(nn.Module):
+    """BatchNorm by hand, and control flow behind it, so that tracing has to run it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("variance", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = bool(self.training)
+        x = F.batch_norm(x, self.mean, self.variance, training=update)
+        return x if x.shape[0] > 1 else -x
+
+
+def test_tracing_moves_no_running_statistics() -> None:
+    model, x = FunctionalNorm().eval(), torch.randn(4, 3)
+    gm = trace(model, x)
+    assert torch.equal(gm.mean, torch.zeros(3))
+    assert torch.equal(gm(x), model(x))
+    gm.train()(x)
+    model.train()(x)
+    assert torch.equal(gm.mean, model.mean)
+
+
 class Uncopyable(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import networkx as nx
-import torch
 from torch import fx, nn
 
 from saq_fx.annotation import (
@@ -27,7 +26,14 @@ from saq_fx.pass_base import Pass, PassResult
 from saq_fx.shapes import output_shapes
 from saq_fx.tracing import ExampleInputs
 
-_NOT_COUNTED = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+_NOT_COUNTED = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._NormBase,
+)
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,7 @@ def _base_name(call: _Call) -> str:
 
 def _choice_groups(gm: SaqGraphModule, calls: list[_Call], names: list[str]) -> dict[str, str]:
     """Layer name -> name of the first layer of those that share its weight, and so share one choice of bits."""
-    sharing = nx.Graph()
+    sharing: nx.Graph[str] = nx.Graph()
     sharing.add_nodes_from(names)
     first_user: dict[int, str] = {}
     for call, name in zip(calls, names, strict=True):

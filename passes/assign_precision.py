@@ -14,9 +14,10 @@ from saq_fx.precision import FLOAT_BITS, LayerKey, Policy, Precision
 class AssignPrecision(Pass):
     """Writes the policy's precision into each layer's annotation.
 
-    First and last layers, and those that share a weight with one, are pinned to `first_last`; only a policy's entry under such a layer's exact name overrides
-    that. A product of two activations takes the activation width for both operands. The network's input is not
-    quantized: it came with 8 bits, and a quantized first layer counts it so (SAQ, Sec. 5).
+    First and last layers, and those that share a weight with one, are pinned to `first_last`; only a policy's entry
+    under such a layer's exact name overrides that. A product of two activations takes the activation width for both
+    operands. The network's input is not quantized: it came with 8 bits, and a quantized first layer counts it so (SAQ,
+    Sec. 5).
     """
 
     policy: Policy = field(default_factory=lambda: Policy.uniform("W4A4"))
@@ -50,9 +51,7 @@ class AssignPrecision(Pass):
 def _effective(layer: LayerAnnotation, wanted: Precision | None) -> Precision:
     """The precision that a layer can have; without a wish it stays as it is."""
     precision = wanted or layer.precision or Precision(FLOAT_BITS, FLOAT_BITS)
-    return effective_precision(
-        precision, is_product=layer.is_product, reads_network_input=layer.reads_network_input
-    )
+    return effective_precision(precision, is_product=layer.is_product, reads_network_input=layer.reads_network_input)
 
 
 def _check_shared_weights(gm: SaqGraphModule) -> None:

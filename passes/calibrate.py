@@ -13,6 +13,7 @@ from saq_fx.errors import CalibrationError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.quantizers import Quantizer
+from saq_fx.recipe import Recipe
 from saq_fx.shapes import bind_inputs, evaluating
 from saq_fx.tracing import ExampleInputs, split_inputs
 
@@ -45,11 +46,11 @@ class Calibrate(Pass):
         with evaluating(gm):
             for batch in self.batches:
                 observer.run(*bind_inputs(gm, *split_inputs(batch)))
-        recipe = record_of(gm).recipe
+        recipe = record_of(gm).recipe or Recipe()
         for path, samples in observer.samples.items():
             quantizer: Any = gm.get_submodule(path)
             try:
-                quantizer.initialize(torch.cat(samples) if len(samples) > 1 else samples[0], recipe.calibration)  # type: ignore[union-attr]
+                quantizer.initialize(torch.cat(samples) if len(samples) > 1 else samples[0], recipe.calibration)
             except CalibrationError as error:
                 if self.skip_nonfinite:
                     continue

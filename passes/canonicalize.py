@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.graph import SaqGraphModule
@@ -50,7 +50,7 @@ class Canonicalize(Pass):
 
 
 def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
-    module = gm.get_submodule(str(node.target))
+    module: Any = gm.get_submodule(str(node.target))
     if module._forward_hooks or module._forward_pre_hooks:
         return False
     kind = type(module)
@@ -116,9 +116,10 @@ class _Operands:
 
 def _expand_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
     conv: Any = gm.get_submodule(str(node.target))
-    x, padding = operands.input, conv.padding
+    x: Any = operands.input
+    padding = conv.padding
     if conv.padding_mode != "zeros":
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)  # type: ignore[arg-type]
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = 0
     function = operator_named(_CONVOLUTIONS[type(conv)]).function
     weight, bias = operands.parameter("weight"), operands.parameter("bias")
@@ -130,7 +131,14 @@ def _expand_transposed_convolution(gm: SaqGraphModule, node: fx.Node, operands: 
     function = operator_named(_TRANSPOSED[type(conv)]).function
     weight, bias = operands.parameter("weight"), operands.parameter("bias")
     return function(
-        operands.input, weight, bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+        operands.input,
+        weight,
+        bias,
+        conv.stride,
+        conv.padding,
+        conv.output_padding,
+        conv.groups,
+        conv.dilation,
     )
 
 
@@ -140,9 +148,7 @@ def _expand_linear(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> An
 
 def _expand_attention(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
     attention: Any = gm.get_submodule(str(node.target))
-    return open_multihead_attention(
-        attention, operands.parameter, operands.training, *operands.args, **operands.kwargs
-    )
+    return open_multihead_attention(attention, operands.parameter, operands.training, *operands.args, **operands.kwargs)
 
 
 def _merge_tied_parameters(gm: SaqGraphModule) -> bool:

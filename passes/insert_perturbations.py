@@ -74,9 +74,7 @@ class RemovePerturbations(Pass):
 
 def _weight_quantizers(gm: SaqGraphModule) -> dict[str, list[fx.Node]]:
     """The nodes that call each weight quantizer, by its path."""
-    targets = {
-        layer.weight_quantizer for _, layer in layers(gm) if layer.weight_quantizer and not layer.is_product
-    }
+    targets = {layer.weight_quantizer for _, layer in layers(gm) if layer.weight_quantizer and not layer.is_product}
     calls: dict[str, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target in targets:

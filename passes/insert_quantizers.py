@@ -95,8 +95,10 @@ def _feeds_batchnorm(gm: SaqGraphModule, node: fx.Node) -> bool:
 
 def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
     name = str(node.target).rpartition(".")[2]
-    return node.op == "call_module" and "weight_quantizer" in name and isinstance(
-        gm.get_submodule(str(node.target)), Quantizer
+    return (
+        node.op == "call_module"
+        and "weight_quantizer" in name
+        and isinstance(gm.get_submodule(str(node.target)), Quantizer)
     )
 
 
@@ -124,9 +126,7 @@ def _weight_quantizer(
     axis, count = channels if channels is not None else (0, None)
     if scheme == "lsq":
         return StepQuantizer(bits, signed=True, channels=count, channel_axis=axis, device=device, dtype=dtype)
-    return ClipWeightQuantizer(
-        bits, channels=count, channel_axis=axis, normalize=normalize, device=device, dtype=dtype
-    )
+    return ClipWeightQuantizer(bits, channels=count, channel_axis=axis, normalize=normalize, device=device, dtype=dtype)
 
 
 def _precision(layer: LayerAnnotation) -> tuple[int, int]:

@@ -105,9 +105,7 @@ class Choice:
         activation = (NETWORK_INPUT_BITS,) if self.activation is None else self.activation.candidates
         return [Precision(*pair) for pair in product(self.weight.candidates, activation)]
 
-    def over_pairs(
-        self, combine: Callable[[Tensor, Tensor], Tensor], values: Sequence[Tensor]
-    ) -> Tensor:
+    def over_pairs(self, combine: Callable[[Tensor, Tensor], Tensor], values: Sequence[Tensor]) -> Tensor:
         """One value for each of `precisions()`, combined from those of each mixture's candidates."""
         if len(values) == 1:
             return values[0]

@@ -274,9 +274,7 @@ class _ExpectedCosts:
     def __init__(self, gm: SaqGraphModule, choices: Sequence[Choice], budgets: Sequence[Budget]) -> None:
         self.choices = choices
         costs = cost_table(gm)
-        constraints = budget_constraints(
-            budgets, costs, {choice.name: choice.precisions() for choice in choices}
-        )
+        constraints = budget_constraints(budgets, costs, {choice.name: choice.precisions() for choice in choices})
         like = choices[0].mixtures[0].logits
         of_group = {
             group: like.new_tensor([[cost / each.limit for cost in each.costs[row]] for each in constraints])

@@ -100,7 +100,7 @@ def annotate(node: fx.Node, annotation: LayerAnnotation | None) -> None:
 
 def update(node: fx.Node, **changes: Any) -> LayerAnnotation:
     """Replaces fields of a node's annotation and returns the new one."""
-    annotation = replace(node.meta[_KEY], **changes)
+    annotation: LayerAnnotation = replace(node.meta[_KEY], **changes)
     node.meta[_KEY] = annotation
     return annotation
 

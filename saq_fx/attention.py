@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 def attention_probabilities(scores: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -46,7 +46,9 @@ def merged_masks(
     if attention_mask is not None:
         attention_mask = _added(attention_mask, query)
         if attention_mask.dim() == 3 and query.dim() == 4:
-            attention_mask = attention_mask.unflatten(0, (-1, heads)) if attention_mask.shape[0] > 1 else attention_mask
+            attention_mask = attention_mask.reshape(
+                -1, heads if len(attention_mask) > 1 else 1, *attention_mask.shape[1:]
+            )
     if key_padding_mask is not None:
         key_padding_mask = _added(key_padding_mask, query)[..., None, None, :]
     if attention_mask is None or key_padding_mask is None:
@@ -144,7 +146,7 @@ def open_multihead_attention(
 
 
 def _sequence_first(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
-    """(batch, sequence, width) as (sequence, batch, width), the order in which torch sums gradients; one tensor once."""
+    """(batch, sequence, width) as (sequence, batch, width), torch's order of summing; one tensor once."""
     moved = {id(each): each.movedim(-2, 0) for each in (query, key, value)}
     return moved[id(query)], moved[id(key)], moved[id(value)]
 

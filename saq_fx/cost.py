@@ -55,9 +55,7 @@ class LayerCost:
 
     def effective(self, precision: Precision) -> Precision:
         """The precision that the layer has when it is asked for this one."""
-        return effective_precision(
-            precision, is_product=self.is_product, reads_network_input=self.reads_network_input
-        )
+        return effective_precision(precision, is_product=self.is_product, reads_network_input=self.reads_network_input)
 
     def bitops(self, precision: Precision) -> int:
         """MACs times the bits of both operands."""
@@ -207,7 +205,10 @@ class CostTable:
             data = json.loads(text)
         except ValueError as error:
             raise CheckpointError(f"no cost table, for it is not valid JSON: {error}") from error
-        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != ("saq_fx.cost_table", 1):
+        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (
+            "saq_fx.cost_table",
+            1,
+        ):
             raise CheckpointError("no cost table: 'format' should be 'saq_fx.cost_table' and 'version' 1")
         if not isinstance(data.get("layers"), list):
             raise CheckpointError("no cost table: field 'layers' should be a list")

@@ -7,11 +7,22 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from saq_fx.attention import attention_probabilities
 
-_ABOUT_SHAPE = {"size", "dim", "numel", "ndimension", "shape", "device", "dtype", "ndim", "is_cuda", "new_zeros"}
+_ABOUT_SHAPE = {
+    "size",
+    "dim",
+    "numel",
+    "ndimension",
+    "shape",
+    "device",
+    "dtype",
+    "ndim",
+    "is_cuda",
+    "new_zeros",
+}
 
 
 def tensor_at(gm: nn.Module, path: str) -> Tensor | None:
@@ -45,7 +56,7 @@ def depends_on_inputs(graph: fx.Graph) -> set[fx.Node]:
 def reachable(graph: fx.Graph, starts: Iterable[fx.Node], *, forwards: bool) -> set[fx.Node]:
     """Nodes that values flow to (or, backwards, from) after leaving any of `starts`."""
     start = object()
-    flow = nx.DiGraph()
+    flow: nx.DiGraph[object] = nx.DiGraph()
     flow.add_node(start)
     for node in graph.nodes:
         sources = [] if reads_shape_only(node) else node.all_input_nodes
@@ -174,7 +185,15 @@ def _operands_nonnegative(node: fx.Node, nonnegative: set[fx.Node]) -> bool:
     """Whether everything that a sign-preserving node combines is non-negative; sizes and flags do not count."""
     tensors = [each for each in node.all_input_nodes if not (reads_shape_only(each) or _is_flag(each))]
     scalars = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
-    arithmetic = node.target in (operator.add, operator.mul, operator.iadd, operator.imul, operator.truediv, "add", "mul")
+    arithmetic = node.target in (
+        operator.add,
+        operator.mul,
+        operator.iadd,
+        operator.imul,
+        operator.truediv,
+        "add",
+        "mul",
+    )
     numbers = [value for value in node.args if isinstance(value, int | float)] if arithmetic else scalars
     return bool(tensors) and all(each in nonnegative for each in tensors) and all(value >= 0 for value in numbers)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from saq_fx.checkpoint import save
 from saq_fx.data import Images, digits
@@ -62,7 +62,13 @@ def run_demo(folder: Path, *, quick: bool = False, seed: int = 0) -> list[Result
     gm = prepare_saq(model, example_inputs=training.x[:256])
     batches = list(training.batches(_BATCH, torch.Generator().manual_seed(seed)))
     found = search_precision(
-        gm, batches, F.cross_entropy, budget=_BUDGET, candidates=(2, 3, 4, 6), steps=epochs * len(batches), seed=seed
+        gm,
+        batches,
+        F.cross_entropy,
+        budget=_BUDGET,
+        candidates=(2, 3, 4, 6),
+        steps=epochs * len(batches),
+        seed=seed,
     )
     apply_policy(gm, found.policy)
     train_quantized(gm, training, epochs, seed, "Training the searched policy")

@@ -24,13 +24,16 @@ class SaqGraphModule(fx.GraphModule):
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "SaqGraphModule") -> None:
         super().__init__(root, graph, class_name)
         present = self.state_tensor_names()
-        tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+        tensors = [
+            *root.named_parameters(remove_duplicate=False),
+            *root.named_buffers(remove_duplicate=False),
+        ]
         for name, _ in tensors:
             if name not in present:
                 _copy_attr(root, self, name)
         self._keep_out_of_state({name for name, _ in self.named_buffers()} - set(root.state_dict(keep_vars=True)))
         self.training = root.training
-        self.register_load_state_dict_post_hook(_read_bits)
+        self.register_load_state_dict_post_hook(_read_bits)  # type: ignore[no-untyped-call]
 
     def _keep_out_of_state(self, buffers: set[str]) -> None:
         """Buffers that the model does not save (constants met while tracing, too) are not saved here either."""
@@ -62,7 +65,8 @@ def _dump_graph(graph: fx.Graph) -> dict[str, Any]:
     position = {node: index for index, node in enumerate(graph.nodes)}
 
     def by_position(value: Any) -> Any:
-        return fx.map_arg(value, lambda node: _Reference(position[node]))
+        reference: Any = lambda node: _Reference(position[node])  # noqa: E731
+        return fx.map_arg(value, reference)
 
     nodes = [
         (node.op, node.name, _dump_target(node.target), by_position(node.args), by_position(node.kwargs))

@@ -51,7 +51,7 @@ class MixtureQuantizer(nn.Module):
         """The mixture of the quantized tensors, of the shape and type of `x`."""
         weights = self.probabilities().to(x.dtype)
         first, *others = self.quantizers
-        mixed = weights[0] * first(x)
+        mixed: Tensor = weights[0] * first(x)
         for weight, quantizer in zip(weights[1:], others, strict=True):
             mixed = torch.addcmul(mixed, weight, quantizer(x))
         return mixed

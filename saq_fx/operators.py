@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from saq_fx.annotation import Shape
 from saq_fx.errors import PassError
@@ -47,12 +47,12 @@ class Operator:
 
 def _convolution_macs(args: Sequence[Any], output: Shape) -> int:
     """Output elements times the weights that each of them sums over: (Cin / groups) * kernel."""
-    return math.prod(output) * math.prod(args[1][1:])
+    return math.prod(output) * int(math.prod(args[1][1:]))
 
 
 def _transposed_convolution_macs(args: Sequence[Any], output: Shape) -> int:
     """Input elements times the weights that each of them is spread by: (Cout / groups) * kernel."""
-    return math.prod(args[0]) * math.prod(args[1][1:])
+    return int(math.prod(args[0]) * math.prod(args[1][1:]))
 
 
 def _product_macs(left: int) -> MacFormula:
@@ -83,7 +83,7 @@ def _label_axes(term: str, shape: Shape) -> list[tuple[str, int]]:
 def _attention_macs(args: Sequence[Any], output: Shape) -> int:
     """Both products: every query meets every key over the query's width and every value over the value's."""
     query, key, value = args[:3]
-    return math.prod(query[:-1]) * int(key[-2]) * (int(query[-1]) + int(value[-1]))
+    return int(math.prod(query[:-1])) * int(key[-2]) * (int(query[-1]) + int(value[-1]))
 
 
 def _convolution(dimensions: int) -> Operator:
@@ -240,9 +240,8 @@ def quantizable_names() -> frozenset[str]:
     return frozenset(names | {"multi_head_attention_forward"})
 
 
-UNCOUNTED_FUNCTIONS: dict[Any, str] = {
-    function: "no MAC formula for this operation; it stays in float"
-    for function in (
+UNCOUNTED_FUNCTIONS: dict[Any, str] = dict.fromkeys(
+    (
         torch.bilinear,
         torch.cdist,
         torch.chain_matmul,
@@ -262,6 +261,7 @@ UNCOUNTED_FUNCTIONS: dict[Any, str] = {
         torch.fft.irfft2,
         torch.fft.rfft,
         torch.fft.rfft2,
-    )
-}
+    ),
+    "no MAC formula for this operation; it stays in float",
+)
 """Functions with multiply-add arithmetic that is not counted, with the reason that the report gives."""

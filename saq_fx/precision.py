@@ -86,9 +86,7 @@ class Policy(Mapping[str, Precision]):
     Raises PrecisionError, naming the key, for an entry that is no precision.
     """
 
-    def __init__(
-        self, layers: Mapping[str, PrecisionLike] = {}, default: PrecisionLike | None = None
-    ) -> None:
+    def __init__(self, layers: Mapping[str, PrecisionLike] = {}, default: PrecisionLike | None = None) -> None:
         self._layers = {_checked_key(key): _parse_entry(repr(key), value) for key, value in layers.items()}
         self._default = None if default is None else _parse_entry("the default", default)
 

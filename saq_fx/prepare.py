@@ -88,7 +88,10 @@ def layer_quantizers(gm: SaqGraphModule, layer: LayerAnnotation) -> Iterable[tup
     """A layer's quantizer modules, each with the bits that the layer's precision gives it."""
     if layer.precision is None:
         raise PrecisionError(f"layer {layer.name} has no precision")
-    pairs = ((layer.weight_quantizer, layer.precision.weight), (layer.input_quantizer, layer.precision.activation))
+    pairs = (
+        (layer.weight_quantizer, layer.precision.weight),
+        (layer.input_quantizer, layer.precision.activation),
+    )
     for path, bits in pairs:
         if path is not None:
             quantizer: Any = gm.get_submodule(path)

@@ -160,9 +160,9 @@ def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
 class Quantizer(nn.Module):
     """A tensor's quantizer: bits, levels, and whether the levels have been set.
 
-    Levels that have not been set are fitted to the first finite tensor that comes. The state dict holds the levels, and bits
-    and flag as a small tensor; loading a state dict without any of them (a float checkpoint) leaves the bits and has
-    the levels fitted anew.
+    Levels that have not been set are fitted to the first finite tensor that comes. The state dict holds the levels,
+    and bits and flag as a small tensor; loading a state dict without any of them (a float checkpoint) leaves the bits
+    and has the levels fitted anew.
 
     Args:
         bits: 2 to 8, or 32 for the identity.
@@ -236,7 +236,7 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(state_dict, prefix, *args)
         else:
             self.initialized = False
 
@@ -358,9 +358,7 @@ class StepQuantizer(Quantizer):
         low, high = integer_range(self.bits, self.signed)
         if self.offset is None:
             magnitude = rows.abs() if self.signed else rows.clamp_min(0)
-            levels = _fit_level(
-                magnitude, method, lambda level: lsq(rows, level / high, self.bits, self.signed), rows
-            )
+            levels = _fit_level(magnitude, method, lambda level: lsq(rows, level / high, self.bits, self.signed), rows)
             self.step.copy_((levels / high).reshape(self.step.shape))
             return
         center = (rows.amax(1, keepdim=True) + rows.amin(1, keepdim=True)) / 2

@@ -120,7 +120,11 @@ class PrecisionReport:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(LayerRow))
         for row in self.rows:
-            values = {**vars(row), "weight_shape": _shape(row.weight_shape), "output_shape": _shape(row.output_shape)}
+            values = {
+                **vars(row),
+                "weight_shape": _shape(row.weight_shape),
+                "output_shape": _shape(row.output_shape),
+            }
             writer.writerow(values.values())
         return file.getvalue()
 

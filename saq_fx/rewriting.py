@@ -14,9 +14,11 @@ Tracer = fx.proxy.GraphAppendingTracer
 def as_proxies(value: Any, tracer: Tracer) -> Any:
     """Nodes in nested arguments become proxies; one node is one proxy, so that `is` still tells equal operands."""
     proxies: dict[fx.Node, fx.Proxy] = {}
-    return fx.node.map_aggregate(
-        value, lambda item: proxies.setdefault(item, fx.Proxy(item, tracer)) if isinstance(item, fx.Node) else item
-    )
+
+    def as_proxy(item: Any) -> Any:
+        return proxies.setdefault(item, fx.Proxy(item, tracer)) if isinstance(item, fx.Node) else item
+
+    return fx.node.map_aggregate(value, as_proxy)
 
 
 def replace_node(
@@ -48,7 +50,10 @@ def _substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
                 user.replace_all_uses_with(value[user.args[1]])
                 graph.erase_node(user)
             else:
-                swap = lambda item: value if item is node else item
-                user.args = fx.node.map_aggregate(user.args, swap)  # type: ignore[assignment]
-                user.kwargs = fx.node.map_aggregate(user.kwargs, swap)  # type: ignore[assignment]
+                _put_in_arguments(user, node, value)
     graph.erase_node(node)
+
+
+def _put_in_arguments(user: fx.Node, node: fx.Node, value: Any) -> None:
+    arguments: Any = fx.node.map_aggregate((user.args, user.kwargs), lambda item: value if item is node else item)
+    user.args, user.kwargs = arguments

@@ -69,7 +69,9 @@ def bind_inputs(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     names = [str(node.target) for node in placeholders]
     unknown = set(kwargs) - set(names)
     if unknown or len(args) > len(names):
-        raise TracingError(f"the model takes inputs {', '.join(names)}; got {len(args)} positional and {sorted(kwargs)}")
+        raise TracingError(
+            f"the model takes inputs {', '.join(names)}; got {len(args)} positional and {sorted(kwargs)}"
+        )
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     missing = [node.target for node in placeholders if node.target not in given and not node.args]
     if missing:
@@ -102,9 +104,7 @@ def _batch_size(inputs: Any) -> int | None:
 
 
 def _first_sample(inputs: Any) -> Any:
-    return fx.node.map_aggregate(
-        inputs, lambda item: item[:1] if isinstance(item, Tensor) and item.dim() > 0 else item
-    )
+    return fx.node.map_aggregate(inputs, lambda item: item[:1] if isinstance(item, Tensor) and item.dim() > 0 else item)
 
 
 def _cut_only_the_batch(whole: dict[fx.Node, Shape], single: dict[fx.Node, Shape], batch: int) -> bool:

@@ -116,7 +116,7 @@ class SymbolicTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Items of a value whose length the example inputs tell."""
-        return iter([obj[index] for index in range(self.concrete(obj, "len"))])
+        return iter([operator.getitem(obj, index) for index in range(self.concrete(obj, "len"))])
 
     def concrete(self, obj: fx.Proxy, kind: str) -> Any:
         """The bool, len, int or float of a proxy on the example inputs, guarded in the graph.

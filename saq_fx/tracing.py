@@ -65,9 +65,7 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _arguments(
-    model: nn.Module, example_inputs: ExampleInputs | None
-) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def _arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Arguments of `forward` with example values (None: no examples), and those left at their defaults."""
     signature = inspect.signature(model.forward)
     given: dict[str, Any] | None = None

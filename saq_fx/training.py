@@ -314,9 +314,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         module: a prepared model, or any other.
         weight_decay: that of the weights; biases, norm scale and shift, and quantizer parameters get none.
     """
-    trainable = {
-        parameter: kind for parameter, kind in parameter_kinds(module).items() if parameter.requires_grad
-    }
+    trainable = {parameter: kind for parameter, kind in parameter_kinds(module).items() if parameter.requires_grad}
     weights = [parameter for parameter, kind in trainable.items() if kind == "weight"]
     others = [parameter for parameter, kind in trainable.items() if kind != "weight"]
     return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -333,9 +331,7 @@ def _all_finite(norm: float, loss: Tensor) -> bool:
     return math.isfinite(norm) and math.isfinite(float(loss))
 
 
-def _check_options(
-    rho: float, case: int, period: int, beta: float, losses: str, perturb: Collection[str]
-) -> None:
+def _check_options(rho: float, case: int, period: int, beta: float, losses: str, perturb: Collection[str]) -> None:
     """Raises TrainingError naming the first option of SAQ that makes no sense."""
     if not 0 <= rho < math.inf:
         raise TrainingError(f"rho must be a finite number of at least 0, not {rho}")

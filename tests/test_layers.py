@@ -33,11 +33,7 @@ def module_name(path: Path) -> str:
     return package if path.stem == "__init__" else f"{package}.{path.stem}"
 
 
-SOURCES = {
-    module_name(path): path
-    for folder in ("saq_fx", "passes")
-    for path in sorted((ROOT / folder).glob("*.py"))
-}
+SOURCES = {module_name(path): path for folder in ("saq_fx", "passes") for path in sorted((ROOT / folder).glob("*.py"))}
 TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in SOURCES.items()}
 
 
@@ -72,14 +68,8 @@ def test_table_names_every_module_and_no_other() -> None:
 
 
 def test_no_folder_is_outside_the_layers() -> None:
-    nested = [
-        str(path.relative_to(ROOT))
-        for folder in ("saq_fx", "passes")
-        for path in (ROOT / folder).glob("*/*.py")
-    ]
-    assert not nested, (
-        f"packages within packages are neither mapped in pyproject.toml nor layered here: {nested}"
-    )
+    nested = [str(path.relative_to(ROOT)) for folder in ("saq_fx", "passes") for path in (ROOT / folder).glob("*/*.py")]
+    assert not nested, f"packages within packages are neither mapped in pyproject.toml nor layered here: {nested}"
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -118,11 +108,5 @@ def test_part_stands_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_only_annotation_touches_node_meta(name: str) -> None:
-    lines = [
-        node.lineno
-        for node in ast.walk(TREES[name])
-        if isinstance(node, ast.Attribute) and node.attr == "meta"
-    ]
-    assert not lines or name == "saq_fx.annotation", (
-        f"{name} uses .meta on lines {lines}: call saq_fx.annotation"
-    )
+    lines = [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute) and node.attr == "meta"]
+    assert not lines or name == "saq_fx.annotation", f"{name} uses .meta on lines {lines}: call saq_fx.annotation"

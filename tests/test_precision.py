@@ -18,9 +18,7 @@ from saq_fx.precision import FLOAT_BITS, Budget, LayerKey, Policy, Precision, Pr
 
 BITS = st.sampled_from([*range(2, 9), FLOAT_BITS])
 PRECISIONS = st.builds(Precision, BITS, BITS)
-POLICIES = st.builds(
-    Policy, st.dictionaries(st.text(), PRECISIONS, max_size=5), default=st.none() | PRECISIONS
-)
+POLICIES = st.builds(Policy, st.dictionaries(st.text(), PRECISIONS, max_size=5), default=st.none() | PRECISIONS)
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 BUDGETS = st.one_of(
     st.builds(Budget.bitops, POSITIVE),
@@ -64,9 +62,7 @@ def test_other_widths_are_refused(bits: int) -> None:
         Precision(4, bits)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "W4", "A4W4", "w4a4", " W4A4", "W4A4\n", "W4.0A4", "W٤A4", 4, None, (4,)]
-)
+@pytest.mark.parametrize("text", ["", "W4", "A4W4", "w4a4", " W4A4", "W4A4\n", "W4.0A4", "W٤A4", 4, None, (4,)])
 def test_other_forms_of_precision_are_refused(text: PrecisionLike) -> None:
     with pytest.raises(PrecisionError, match="like 'W4A4'"):
         Precision.parse(text)
@@ -81,9 +77,7 @@ def test_exact_name_beats_pin_beats_pattern_beats_default() -> None:
         "layer1.0.attention[0]": "W2A2",
         "fc": "W6A6",
     }
-    assert resolved(Policy.uniform("W4A4")) == {
-        layer.name: "W8A8" if layer.pinned else "W4A4" for layer in LAYERS
-    }
+    assert resolved(Policy.uniform("W4A4")) == {layer.name: "W8A8" if layer.pinned else "W4A4" for layer in LAYERS}
 
 
 def test_the_last_matching_pattern_wins() -> None:
@@ -285,9 +279,7 @@ def test_other_budgets_are_refused(text: str) -> None:
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, 10**309, True, "5", None])
 def test_values_that_are_no_budget(value: float) -> None:
     for kind in (Budget.bitops, Budget.ratio, Budget.average_bits, Budget.weight_bytes):
-        with pytest.raises(
-            PrecisionError, match=r"positive finite number.*'34\.7G'.*'0\.5xW8A8'.*'avg4'.*'11MB'"
-        ):
+        with pytest.raises(PrecisionError, match=r"positive finite number.*'34\.7G'.*'0\.5xW8A8'.*'avg4'.*'11MB'"):
             kind(value)
 
 

@@ -154,7 +154,10 @@ def test_shared_layers_have_one_weight_quantizer() -> None:
     gm = prepare_saq(ZOO["residual"].make(), example_inputs=ZOO["residual"].inputs())
     block, again = (layer for _, layer in layers(gm) if layer.name.startswith("block"))
     assert block.weight_quantizer == again.weight_quantizer == "block.weight_quantizer"
-    assert (block.input_quantizer, again.input_quantizer) == ("block.input_quantizer", "block.input_quantizer_1")
+    assert (block.input_quantizer, again.input_quantizer) == (
+        "block.input_quantizer",
+        "block.input_quantizer_1",
+    )
     assert sum(node.target == "block.weight_quantizer" for node in gm.graph.nodes) == 1
     assert block.choice_group == again.choice_group == "block"
 
@@ -224,14 +227,14 @@ def test_errors_name_what_is_wrong() -> None:
     model, inputs = ZOO["residual"].make(), ZOO["residual"].inputs()
     with pytest.raises(PatternError, match="blokc"):
         prepare_saq(model, example_inputs=inputs, precision=Policy({"blokc": "W4A4"}))
-    with pytest.raises(SaqError, match="nn.Module, not str"):
+    with pytest.raises(SaqError, match=r"nn\.Module, not str"):
         prepare_saq("resnet18")  # type: ignore[arg-type]
     gm = prepare_saq(model, example_inputs=inputs)
     with pytest.raises(SaqError, match="apply_policy"):
         prepare_saq(gm, example_inputs=inputs)
     with pytest.raises(CalibrationError, match="no batches"):
         calibrate(gm, [])
-    with pytest.raises(CalibrationError, match="block.input_quantizer"):
+    with pytest.raises(CalibrationError, match=r"block\.input_quantizer"):
         calibrate(gm, [torch.full_like(inputs, float("nan"))])
     with pytest.raises(PassError, match="precision=None"):
         apply_policy(prepare_saq(model, precision=None), "W4A4")

@@ -185,9 +185,7 @@ def assert_same(gm: nn.Module, values: Values) -> None:
     parameters = dict(gm.named_parameters())
     assert parameters.keys() == values.keys()
     for name, parameter in parameters.items():
-        torch.testing.assert_close(
-            parameter, values[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(parameter, values[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("losses", ["both", "vanilla", "perturbed"])
@@ -460,9 +458,7 @@ def test_kinds_of_parameters_and_their_weight_decay() -> None:
     assert kinds == {name: Reference.kind(name) for name in kinds}
     decayed, others = parameter_groups(gm, 0.1)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    assert {id(p) for p in decayed["params"]} == {
-        id(p) for n, p in gm.named_parameters() if kinds[n] == "weight"
-    }
+    assert {id(p) for p in decayed["params"]} == {id(p) for n, p in gm.named_parameters() if kinds[n] == "weight"}
     assert len(decayed["params"]) + len(others["params"]) == len(kinds)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 
@@ -48,7 +48,7 @@ class Residual(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Every kind of convolution: grouped, dilated, strided, transposed, non-square, other padding modes, 1-D and 3-D."""
+    """Every kind of convolution: grouped, dilated, strided, transposed, non-square, other padding, 1-D and 3-D."""
 
     def __init__(self) -> None:
         super().__init__()

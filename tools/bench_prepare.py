@@ -70,14 +70,24 @@ def main() -> None:
         times = []
         for depth in options.layers:
             model = Tower(depth, kind == "residual").to(options.device)
-            rows.append(measure(f"{kind} of {depth}", model, torch.randn(1, 4, device=options.device), 1 + (depth <= 1000)))
+            rows.append(
+                measure(f"{kind} of {depth}", model, torch.randn(1, 4, device=options.device), 1 + (depth <= 1000))
+            )
             times.append(rows[-1]["W4A4"])
         exponents[kind] = exponent(options.layers, times)
-    table = tabulate([list(row.values()) for row in rows], ["", "trace, s", "float, s", "W4A4, s", "W4A4 / trace"], floatfmt=".3g")
+    table = tabulate(
+        [list(row.values()) for row in rows],
+        ["", "trace, s", "float, s", "W4A4, s", "W4A4 / trace"],
+        floatfmt=".3g",
+    )
     print(table)
     print("fitted exponents:", {kind: round(value, 3) for kind, value in exponents.items()})
     if options.out is not None:
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.processor()}
+        machine = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.processor(),
+        }
         options.out.write_text(json.dumps({"rows": rows, "exponents": exponents, **machine}, indent=2) + "\n")
 
 

@@ -49,9 +49,7 @@ def main() -> int:
     """Run all gates, also after a failure; 0 if every one passed."""
     with tempfile.TemporaryDirectory() as folder:
         layout = installed_layout(Path(folder))
-        results = [
-            passed(name, command, layout if name == "types" else ROOT) for name, command in GATES.items()
-        ]
+        results = [passed(name, command, layout if name == "types" else ROOT) for name, command in GATES.items()]
     return 0 if all(results) else 1
 
 

@@ -101,5 +101,8 @@ def test_timings_reach_the_observer() -> None:
     seen = []
     gm = trace(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     Pipeline((Canonicalize(), OpenAttention()), after_each=lambda timing, _: seen.append(timing)).run(gm)
-    assert [(timing.name, timing.modified) for timing in seen] == [("Canonicalize", True), ("OpenAttention", False)]
+    assert [(timing.name, timing.modified) for timing in seen] == [
+        ("Canonicalize", True),
+        ("OpenAttention", False),
+    ]
     assert all(timing.seconds >= 0 for timing in seen)

@@ -1,0 +1,32 @@
+"""saq_fx: low-bit networks from any PyTorch model, by sharpness-aware quantization and mixed-precision search."""
+
+from saq_fx.checkpoint import load, policy_of, save
+from saq_fx.cost import CostTable, cost_table
+from saq_fx.precision import Budget, Policy, Precision
+from saq_fx.prepare import apply_policy, calibrate, prepare_saq
+from saq_fx.recipe import Recipe
+from saq_fx.report import LayerRow, PrecisionReport, precision_report
+from saq_fx.search import SearchResult, search_precision
+from saq_fx.training import SAQ, parameter_groups
+
+__all__ = [
+    "SAQ",
+    "Budget",
+    "CostTable",
+    "LayerRow",
+    "Policy",
+    "Precision",
+    "PrecisionReport",
+    "Recipe",
+    "SearchResult",
+    "apply_policy",
+    "calibrate",
+    "cost_table",
+    "load",
+    "parameter_groups",
+    "policy_of",
+    "precision_report",
+    "prepare_saq",
+    "save",
+    "search_precision",
+]

@@ -68,7 +68,6 @@ def run_demo(folder: Path, *, quick: bool = False, seed: int = 0) -> list[Result
         budget=_BUDGET,
         candidates=(2, 3, 4, 6),
         steps=epochs * len(batches),
-        seed=seed,
     )
     apply_policy(gm, found.policy)
     train_quantized(gm, training, epochs, seed, "Training the searched policy")

@@ -4,6 +4,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,13 +49,14 @@ def torchvision_model(name: str) -> nn.Module:
     """A classification model on the meta device, in evaluation mode."""
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     with EmptyOnMeta():
-        return torchvision.models.get_model(name, weights=None, **options).to("meta").eval()
+        model: nn.Module = torchvision.models.get_model(name, weights=None, **options).to("meta").eval()
+    return model
 
 
 def total_flops(model: nn.Module, x: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         model(x)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 class FlopsPerLayer(fx.Interpreter):
@@ -139,11 +141,11 @@ def test_resnet18_weight_bytes(resnet18: CostTable) -> None:
     assert resnet18.average_weight_bits(resnet18.assigned) == bits / total
 
 
+CONV = LayerCost("conv", "conv2d", "conv", 1000, weight_elements=72, activation_elements=50, quantizer_bytes=4)
+
+
 def layer(**changes: Any) -> LayerCost:
-    return LayerCost(
-        **{"name": "conv", "op": "conv2d", "group": "conv", "macs": 1000, "weight_elements": 72,
-           "activation_elements": 50, "quantizer_bytes": 4} | changes
-    )  # fmt: skip
+    return replace(CONV, **changes)
 
 
 def test_cost_of_one_layer() -> None:
@@ -210,12 +212,12 @@ def test_pins_hold_in_a_uniform_assignment() -> None:
 
 
 def test_errors_say_what_is_at_fault(resnet18: CostTable) -> None:
-    with pytest.raises(PatternError, match="no layer 'layer1.0.conv3'; the nearest are layer1.0.conv"):
+    with pytest.raises(PatternError, match=r"no layer 'layer1\.0\.conv3'; the nearest are layer1\.0\.conv"):
         resnet18["layer1.0.conv3"]
     with pytest.raises(PatternError, match="no precision for layer 'conv1'"):
         resnet18.total_bitops({})
-    with pytest.raises(PatternError, match="no group 'layer1.0.conv3'"):
-        resnet18.choices({"layer1.0.conv3": [W4A4]})
+    with pytest.raises(PatternError, match="no group 'layer1'"):
+        resnet18.choices({"layer1": [W4A4]})
     with pytest.raises(PassError, match="Linear: call prepare_saq first"):
         cost_table(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(PassError, match="prepare with example_inputs"):
@@ -300,10 +302,8 @@ def test_constraints_admit_what_the_budget_does_and_nothing_else(costs: CostTabl
     keeping = [max(amounts(budget, costs, chosen)) <= budget.value * (1 + 1e-12) for _, chosen in every]
     try:
         constraints = budget_constraints(budget, costs, candidates(costs))
-    except InfeasibleBudgetError as error:
-        # Two averages can each be kept alone, and then only allocation can tell.
+    except InfeasibleBudgetError:
         assert not any(keeping)
-        assert str(budget) in str(error)
         return
     admitted = [
         all(

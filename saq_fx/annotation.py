@@ -126,6 +126,11 @@ def update_record(gm: fx.GraphModule, **changes: Any) -> GraphRecord:
     return record
 
 
+def copy_record(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Gives a graph the record of the one it was made from."""
+    target.meta[_KEY] = record_of(source)
+
+
 def owner_path(node: fx.Node) -> str:
     """Path of the innermost module whose forward made this node; '' at the root or where tracing left no trace."""
     stack = node.meta.get(_OWNER)

@@ -234,6 +234,4 @@ def _relaxation(candidates: Sequence[int] | Mapping[str, Sequence[int]]) -> Rela
     unknown = set(candidates) - {"weight", "activation"}
     if unknown:
         raise PrecisionError(f"candidates of {', '.join(sorted(unknown))}: give those of 'weight' and 'activation'")
-    return RelaxPrecision(
-        tuple(candidates.get("weight", CANDIDATES)), tuple(candidates.get("activation", CANDIDATES))
-    )
+    return RelaxPrecision(tuple(candidates.get("weight", CANDIDATES)), tuple(candidates.get("activation", CANDIDATES)))

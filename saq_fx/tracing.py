@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from saq_fx.annotation import update_record
+from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import merge_modes
@@ -47,7 +47,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqG
     model = _copied(model)
     if isinstance(model, fx.GraphModule):
         gm = SaqGraphModule(model, model.graph)
-        gm.meta.update(model.meta)
+        copy_record(model, gm)
         update_record(gm, tracing="given graph")
         return gm
     gm = SaqGraphModule(model, _symbolic_graph(model, *_arguments(model, example_inputs)), type(model).__name__)

@@ -1,0 +1,61 @@
+"""Files: what is saved is what is loaded, and everything else is an error that says why."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import saq_fx
+from saq_fx.errors import CheckpointError, PassError
+from saq_fx.graph import layers
+from saq_fx.tracing import split_inputs
+from tests.test_prepare import tensors
+from tests.zoo import ZOO
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_load_is_the_inverse_of_save(name: str, tmp_path: Path) -> None:
+    model, inputs = ZOO[name].make(), ZOO[name].inputs()
+    recipe = saq_fx.Recipe(scheme="lsq", per_channel=True)
+    gm = saq_fx.prepare_saq(model, example_inputs=inputs, precision="W3A4", recipe=recipe).eval()
+    saq_fx.save(gm, tmp_path / "model.safetensors")
+    other = saq_fx.load(ZOO[name].make(), tmp_path / "model.safetensors", example_inputs=inputs).eval()
+    args, kwargs = split_inputs(inputs)
+    pairs = zip(tensors(gm(*args, **kwargs)), tensors(other(*args, **kwargs)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert [layer for _, layer in layers(other)] == [layer for _, layer in layers(gm)]
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
+
+
+def test_a_searched_policy_is_kept(tmp_path: Path) -> None:
+    inputs = ZOO["residual"].inputs()
+    gm = saq_fx.prepare_saq(ZOO["residual"].make(), example_inputs=inputs)
+    saq_fx.apply_policy(gm, saq_fx.Policy({"block*": "W2A6"}))
+    saq_fx.save(gm, tmp_path / "m.safetensors")
+    loaded = saq_fx.load(ZOO["residual"].make(), tmp_path / "m.safetensors")
+    assert saq_fx.policy_of(loaded) == saq_fx.policy_of(gm)
+    assert str(saq_fx.policy_of(loaded)["block@1"]) == "W2A6"
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    model, inputs = ZOO["residual"].make(), ZOO["residual"].inputs()
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(CheckpointError, match="no file"):
+        saq_fx.load(model, path)
+    path.write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        saq_fx.load(model, path)
+    save_file(model.state_dict(), path)
+    with pytest.raises(CheckpointError, match="load_state_dict"):
+        saq_fx.load(model, path)
+    gm = saq_fx.prepare_saq(model, example_inputs=inputs)
+    saq_fx.save(gm, path)
+    with pytest.raises(CheckpointError, match=r"(?s)another model than Tied.*block"):
+        saq_fx.load(ZOO["tied"].make(), path)
+    with pytest.raises(PassError, match="precision=None"):
+        saq_fx.save(saq_fx.prepare_saq(model, precision=None), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        saq_fx.load(model, path)

@@ -1,0 +1,88 @@
+"""The command line, models by name, and the demo in its short form."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from saq_fx import Policy, demo
+from saq_fx.cli import main
+from saq_fx.errors import SaqError
+from saq_fx.models import build
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["saq-fx", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text("from torch import nn\ndef small():\n    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))\n")
+    return path
+
+
+def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_file: Path) -> None:
+    assert run(monkeypatch, "report", f"{model_file}:small", "--shape", "1,4", "--format", "json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["macs"] for row in report["rows"]] == [12, 6]
+
+
+def test_report_with_a_policy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_file: Path, tmp_path: Path
+) -> None:
+    Policy({"0": "W2A8", "1": "W3A5"}).save(tmp_path / "p.json")
+    arguments = ["report", f"{model_file}:small", "--shape", "1,4", "--policy", str(tmp_path / "p.json")]
+    assert run(monkeypatch, *arguments, "--format", "csv") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split(",")[5:7] == ["2", "8"]
+    assert lines[2].split(",")[5:7] == ["3", "5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet18"], "names no model"),
+        (["nowhere:resnet18"], "unknown source 'nowhere'"),
+        (["torchvision:resnet0"], "does not make a model 'resnet0'"),
+        (["missing.py:f"], "no file missing.py"),
+        (["torchvision:resnet18", "--shape", "big"], "--shape 'big'"),
+    ],
+)
+def test_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(monkeypatch, "report", *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("saq-fx: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["torchvision:squeezenet1_1", "timm:test_resnet"])
+def test_models_by_name(name: str) -> None:
+    assert isinstance(build(name), nn.Module)
+
+
+def test_factories_that_make_no_model(model_file: Path) -> None:
+    with pytest.raises(SaqError, match="no function 'large'"):
+        build(f"{model_file}:large")
+    model_file.write_text("def small(): return 3\n")
+    with pytest.raises(SaqError, match="returned int"):
+        build(f"{model_file}:small")
+
+
+@pytest.mark.slow
+def test_demo_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = demo.run_demo(tmp_path / "out", quick=True)
+    names = {"policy.json", "model.safetensors", "report.txt", "report.html", "bits.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert [result.name.split(",")[0] for result in results] == ["float", "uniform W4A4", "uniform W2A2", "searched"]
+    of_float, four, two, searched = (result.bitops for result in results)
+    assert two < searched < four < of_float
+    assert "BitOps" in capsys.readouterr().out

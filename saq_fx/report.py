@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import json
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,6 +18,7 @@ from saq_fx.graph import layers
 from saq_fx.precision import FLOAT_BITS
 
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_TEXT_WIDTH = 110
 _HEADERS = (
     "layer",
     "op",
@@ -107,12 +109,13 @@ class PrecisionReport:
         return sum(quantized) / (self.total_macs or 1)
 
     def __str__(self) -> str:
-        # Only the text table can break a header into lines.
-        return self._document("simple", lambda header: header.replace(" (", "\n("))
+        # Only the text form can break headers and notes into lines.
+        table = self._table("simple", lambda header: header.replace(" (", "\n("))
+        return "\n\n".join([table, *(textwrap.fill(note, _TEXT_WIDTH) for note in self._notes())])
 
     def to_markdown(self) -> str:
         """The table and its notes as Markdown."""
-        return self._document("pipe")
+        return "\n\n".join([self._table("pipe"), *self._notes()])
 
     def to_csv(self) -> str:
         """The rows in plain numbers, without totals; shapes as 64x3x7x7."""
@@ -144,9 +147,6 @@ class PrecisionReport:
         """The table and its notes as a page that needs no other file."""
         notes = "\n".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
         return _PAGE.format(table=self._table("html"), notes=notes)
-
-    def _document(self, style: str, header: Callable[[str], str] = str) -> str:
-        return "\n\n".join([self._table(style, header), *self._notes()])
 
     def _table(self, style: str, header: Callable[[str], str] = str) -> str:
         total = (

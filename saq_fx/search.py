@@ -152,10 +152,7 @@ class SearchResult:
                 budgets=tuple(map(Budget.parse, data["budgets"])),
                 choices=tuple(map(_read_choice, data["choices"])),
                 costs=CostTable.from_json(json.dumps(data["costs"])),
-                history=tuple(
-                    SearchStep(**{**step, "costs": tuple(step["costs"]), "betas": tuple(step["betas"])})
-                    for step in data["history"]
-                ),
+                history=tuple(SearchStep(**step) for step in data["history"]),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, SaqError):

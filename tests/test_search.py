@@ -1,0 +1,171 @@
+"""One search serves every budget: the policy is within it, exact, and comes back from its file."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+import saq_fx
+from saq_fx import Budget, Policy, Precision, cost_table, prepare_saq, search_precision
+from saq_fx.cost import feasible_range
+from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, TrainingError
+from saq_fx.graph import layers
+from saq_fx.networks import SmallResNet
+from saq_fx.search import SearchResult
+from saq_fx.tracing import split_inputs
+from tests.test_prepare import tensors
+from tests.zoo import ZOO
+
+CANDIDATES = (2, 3, 4, 6)
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def gm() -> saq_fx.graph.SaqGraphModule:
+    torch.manual_seed(0)
+    return prepare_saq(SmallResNet(4), example_inputs=torch.randn(8, 1, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def result(gm: Any) -> SearchResult:
+    torch.manual_seed(0)
+    return search_precision(gm, batches(), F.cross_entropy, budget="0.14xW8A8", candidates=CANDIDATES, steps=6)
+
+
+def total_bitops(result: SearchResult, policy: Policy) -> int:
+    return result.costs.total_bitops(dict(policy))
+
+
+@pytest.mark.parametrize("share", [0.11, 0.12, 0.14, 0.2, 0.3, 0.5])
+def test_a_budget_is_never_exceeded_and_the_score_is_the_best(result: SearchResult, share: float) -> None:
+    budget = Budget.ratio(share)
+    policy = result.policy_for(budget)
+    limit = share * result.costs.total_bitops(result.costs.uniform(Precision(8, 8)))
+    assert total_bitops(result, policy) <= limit
+    assert set(policy) == {layer.name for layer in result.costs}
+
+    few = replace(result, choices=tuple(replace(c, **best_two(c)) for c in result.choices))
+    scores = [dict(zip(c.precisions, c.scores, strict=True)) for c in few.choices]
+    chosen = few.policy_for(Budget.ratio(0.5))
+    best = max(
+        sum(score[p] for score, p in zip(scores, picks, strict=True))
+        for picks in product(*(c.precisions for c in few.choices))
+        if cost_of(few, picks) <= 0.5 * few.costs.total_bitops(few.costs.uniform(Precision(8, 8)))
+    )
+    assert sum(score[chosen[c.layers[0]]] for score, c in zip(scores, few.choices, strict=True)) == pytest.approx(best)
+
+
+def best_two(choice: Any) -> dict[str, Any]:
+    order = [0, max(range(len(choice.scores)), key=choice.scores.__getitem__)]
+    kept = sorted(set(order))
+    return {
+        "precisions": tuple(choice.precisions[i] for i in kept),
+        "scores": tuple(choice.scores[i] for i in kept),
+    }
+
+
+def cost_of(result: SearchResult, picks: Any) -> int:
+    chosen = {c.layers[0]: p for c, p in zip(result.choices, picks, strict=True)}
+    return result.costs.total_bitops(result.costs.uniform(Precision(8, 8)) | chosen)
+
+
+def test_the_graph_is_not_changed(gm: Any, result: SearchResult) -> None:
+    assert all(str(layer.precision) == ("W8A8" if layer.pinned else "W4A4") for _, layer in layers(gm))
+    assert len(result.history) == 6
+    assert set(result.margins) == {layer.name for _, layer in layers(gm) if layer.pinned is None}
+    saq_fx.apply_policy(gm, result.policy)
+    assert saq_fx.policy_of(gm) == result.policy
+    saq_fx.apply_policy(gm, "W4A4")
+
+
+def test_an_infeasible_budget_is_refused_before_any_training(gm: Any) -> None:
+    def never(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise AssertionError("trained")
+
+    least, _ = feasible_range(Budget.bitops(1), cost_table(gm), {c: [Precision(2, 2)] for c in free_groups(gm)})
+    with pytest.raises(InfeasibleBudgetError, match=f"smallest feasible one is {Budget.bitops(least)}"):
+        search_precision(gm, batches(), never, budget=Budget.bitops(least - 1))
+
+
+def free_groups(gm: Any) -> list[str]:
+    return [layer.choice_group for _, layer in layers(gm) if layer.pinned is None]
+
+
+def test_several_budgets_at_once(result: SearchResult) -> None:
+    policy = result.policy_for(["0.2xW8A8", "avg3.2", "9kB"])
+    assignment = dict(policy)
+    assert result.costs.average_weight_bits(assignment) <= 3.2
+    assert result.costs.average_activation_bits(assignment) <= 3.2
+    assert result.costs.total_weight_bytes(assignment) <= 9000
+
+
+def test_round_trip(result: SearchResult, tmp_path: Path) -> None:
+    result.save(tmp_path / "search.json")
+    loaded = SearchResult.load(tmp_path / "search.json")
+    assert loaded == result
+    assert loaded.policy == result.policy
+    (tmp_path / "search.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a search result"):
+        SearchResult.load(tmp_path / "search.json")
+
+
+def test_frontier_rises_and_keeps_its_costs(result: SearchResult) -> None:
+    points = result.frontier()
+    assert all(a.bitops < b.bitops and a.score < b.score for a, b in zip(points, points[1:], strict=False))
+    for point in points:
+        assert total_bitops(result, point.policy) == point.bitops
+    best = sum(max(choice.scores) for choice in result.choices)
+    assert points[-1].score == pytest.approx(best)
+
+
+def test_another_network_of_the_same_layers(result: SearchResult) -> None:
+    larger = cost_table(prepare_saq(SmallResNet(4, classes=7), example_inputs=torch.randn(1, 1, 16, 16)))
+    policy = result.policy_for("0.11xW8A8", costs=larger)
+    limit = 0.11 * larger.total_bitops(larger.uniform(Precision(8, 8)))
+    assert larger.total_bitops(dict(policy)) <= limit < larger.total_bitops(dict(result.policy))
+    other = cost_table(
+        prepare_saq(
+            nn.Sequential(*[nn.Linear(4, 4)] * 1, nn.Linear(4, 4), nn.Linear(4, 4)), example_inputs=torch.randn(1, 4)
+        )
+    )
+    with pytest.raises(PatternError, match="scored no layers 1"):
+        result.policy_for("0.5xW8A8", costs=other)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_hard_budget_is_met_on_every_network(name: str) -> None:
+    inputs = ZOO[name].inputs()
+    gm = prepare_saq(ZOO[name].make(), example_inputs=inputs)
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        return torch.stack([each.square().mean() for each in tensors(outputs)]).sum()
+
+    if not free_groups(gm):
+        with pytest.raises(PrecisionError, match="nothing to search"):
+            search_precision(gm, [(inputs, None)], loss, budget="avg4", steps=1)
+        return
+    found = search_precision(gm, [(inputs, None)], loss, budget="0.99xW8A8", steps=2)
+    candidates = {choice.group: choice.precisions for choice in found.choices}
+    least, most = feasible_range(Budget.bitops(1), found.costs, candidates)
+    for part in (0.0, 0.3, 0.7, 1.0):
+        limit = least + part * (most - least)
+        policy = found.policy_for(Budget.bitops(limit))
+        assert found.costs.total_bitops(dict(policy)) <= limit
+        saq_fx.apply_policy(gm, policy)
+        args, kwargs = split_inputs(inputs)
+        assert all(torch.isfinite(each).all() for each in tensors(gm(*args, **kwargs)))
+
+
+def test_bad_arguments_are_named(gm: Any) -> None:
+    with pytest.raises(PrecisionError, match="candidates of wieght"):
+        search_precision(gm, batches(), F.cross_entropy, budget="avg4", candidates={"wieght": (2, 4)})
+    with pytest.raises(TrainingError, match="ran out after 4 of 5 steps"):
+        search_precision(gm, iter(batches()), F.cross_entropy, budget="avg4", steps=5)

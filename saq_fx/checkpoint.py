@@ -38,7 +38,7 @@ def save(gm: SaqGraphModule, path: str | os.PathLike[str]) -> None:
     Raises:
         PassError: the graph has no quantizers.
     """
-    check_facts(gm, frozenset({"quantizers", "precision"}), "save")
+    check_facts(gm, frozenset({"quantizers"}), "save")
     recipe = record_of(gm).recipe or Recipe()
     tensors, aliases = _without_aliases(gm.state_dict())
     header = {

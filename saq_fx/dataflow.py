@@ -55,8 +55,8 @@ def depends_on_inputs(graph: fx.Graph) -> set[fx.Node]:
 
 def reachable(graph: fx.Graph, starts: Iterable[fx.Node], *, forwards: bool) -> set[fx.Node]:
     """Nodes that values flow to (or, backwards, from) after leaving any of `starts`."""
-    start = object()
-    flow: nx.DiGraph[object] = nx.DiGraph()
+    start: Any = object()
+    flow: nx.DiGraph[Any] = nx.DiGraph()
     flow.add_node(start)
     for node in graph.nodes:
         sources = [] if reads_shape_only(node) else node.all_input_nodes

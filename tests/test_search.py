@@ -1,14 +1,14 @@
 """One search serves every budget: the policy is within it, exact, and comes back from its file."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import saq_fx
 from saq_fx import Budget, Policy, Precision, cost_table, prepare_saq, search_precision
@@ -119,7 +119,7 @@ def test_round_trip(result: SearchResult, tmp_path: Path) -> None:
 
 def test_frontier_rises_and_keeps_its_costs(result: SearchResult) -> None:
     points = result.frontier()
-    assert all(a.bitops < b.bitops and a.score < b.score for a, b in zip(points, points[1:], strict=False))
+    assert all(a.bitops < b.bitops and a.score < b.score for a, b in pairwise(points))
     for point in points:
         assert total_bitops(result, point.policy) == point.bitops
     best = sum(max(choice.scores) for choice in result.choices)

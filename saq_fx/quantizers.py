@@ -42,11 +42,11 @@ class _ClipWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, level, output = ctx.saved_tensors
-        with torch.no_grad():
-            inside = weight.abs() <= level
-            to_level = torch.where(inside, (output - weight) / level, weight.sign())
-        return grad * inside, (grad * to_level).sum_to_size(level.shape), None
+        weight, level, output = (each.detach() for each in ctx.saved_tensors)
+        # The first number above 1, so that the gradient passes at the clipped ends too.
+        end = 1 + torch.finfo(weight.dtype).eps
+        passed = _pass_between(grad, weight / level, -end, end)
+        return passed, _level_gradient(grad, output, passed, weight, level), None
 
 
 class _ClipActivation(torch.autograd.Function):
@@ -64,12 +64,9 @@ class _ClipActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, level, output = ctx.saved_tensors
-        with torch.no_grad():
-            above = x >= level
-            inside = (x > 0) & ~above
-            to_level = torch.where(inside, (output - x) / level, above.to(x.dtype))
-        return grad * inside, (grad * to_level).sum_to_size(level.shape), None
+        x, level, output = (each.detach() for each in ctx.saved_tensors)
+        passed = _pass_between(grad, x / level, 0, 1)
+        return passed, _level_gradient(grad, output, passed, x, level), None
 
 
 class _Step(torch.autograd.Function):
@@ -85,20 +82,29 @@ class _Step(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, step, offset, ctx.low, ctx.high = inputs
         ctx.has_offset = offset is not None
-        ctx.save_for_backward(x, step, *([offset] if ctx.has_offset else []))
+        ctx.save_for_backward(x, output, step, *([offset] if ctx.has_offset else []))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, *rest = ctx.saved_tensors
-        with torch.no_grad():
-            scaled = (x - rest[0]) / step if rest else x / step
-            inside = (scaled > ctx.low) & (scaled < ctx.high)
-            rounded = scaled.round().clamp_(ctx.low, ctx.high)
-            to_step = torch.where(inside, rounded - scaled, rounded)
-            scale = 1 / math.sqrt(x.numel() / step.numel() * ctx.high)
-        grad_step = (grad * to_step).sum_to_size(step.shape) * scale
-        grad_offset = (grad * ~inside).sum_to_size(rest[0].shape) * scale if rest else None
-        return grad * inside, grad_step, grad_offset, None, None
+        x, output, step, *rest = (each.detach() for each in ctx.saved_tensors)
+        if rest:
+            x, output = x - rest[0], output - rest[0]
+        scale = 1 / math.sqrt(x.numel() / step.numel() * ctx.high)
+        passed = _pass_between(grad, x / step, ctx.low, ctx.high)
+        grad_step = _level_gradient(grad, output, passed, x, step) * scale
+        grad_offset = (grad - passed).sum_to_size(rest[0].shape) * scale if rest else None
+        return passed, grad_step, grad_offset, None, None
+
+
+def _pass_between(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """`grad` where low < x < high, else 0; several times as fast as a comparison and a product."""
+    passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
+    return passed
+
+
+def _level_gradient(grad: Tensor, output: Tensor, passed: Tensor, x: Tensor, level: Tensor) -> Tensor:
+    """`sum g (Q/level - x/level)` where the gradient passes, `sum g Q/level` elsewhere."""
+    return (grad * output).sub(passed * x).sum_to_size(level.shape) / level
 
 
 def clip_weight(weight: Tensor, clipping_level: Tensor, bits: int) -> Tensor:
@@ -187,7 +193,8 @@ class Quantizer(nn.Module):
 
     def guarded_level(self) -> Tensor:
         """The level, at least the smallest; the gradient passes all the same, so that it can grow again."""
-        return self.level + (self.level.maximum(self.smallest_level) - self.level).detach()
+        passing = self.level - self.level.detach()  # zero, with the level's gradient
+        return self.level.where(self.level >= self.smallest_level, self.smallest_level + passing)
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized tensor, of the shape and type of `x`."""
@@ -216,7 +223,9 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             if x.numel() and bool(x.any()) and self.bits != FLOAT_BITS:
                 self.fit(x.detach(), method)
-                self.smallest_level.copy_(_SMALLEST_SHARE * self.level)
+            else:
+                self.level.fill_(1)
+            self.smallest_level.copy_(_SMALLEST_SHARE * self.level)
         self.initialized = self.bits != FLOAT_BITS
 
     def set_bits(self, bits: int) -> None:
@@ -280,14 +289,14 @@ class ClipWeightQuantizer(Quantizer):
         level = _per_channel(self.guarded_level(), x, self.channel_axis)
         if not self.normalize:
             return clip_weight(x, level, self.bits)
-        std, mean = torch.std_mean(x.detach())
-        return clip_weight((x - mean) / std, level, self.bits) * std
+        x, std = centered(x)
+        return clip_weight(x, level * std, self.bits)
 
     def fit(self, x: Tensor, method: str) -> None:
         """One level for the tensor or for each channel."""
         if self.normalize:
-            std, mean = torch.std_mean(x)
-            x = (x - mean) / std
+            x, std = centered(x)
+            x = x / std
         rows = _rows(x, self.clipping_level, self.channel_axis)
         levels = _fit_level(rows.abs(), method, lambda level: clip_weight(rows, level, self.bits), rows)
         self.clipping_level.copy_(levels.reshape(self.clipping_level.shape))
@@ -382,6 +391,16 @@ def _checked_bits(bits: int) -> int:
 
 def _ones(channels: int | None, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
     return torch.ones(() if channels is None else (channels,), device=device, dtype=dtype)
+
+
+def centered(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x less its mean, and its standard deviation (never 0), both constants to the gradient.
+
+    On CPUs ten times as fast as `torch.std_mean`.
+    """
+    x = x - x.detach().mean()
+    std = torch.linalg.vector_norm(x.detach()) / math.sqrt(max(1, x.numel() - 1))
+    return x, std.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _per_channel(level: Tensor, x: Tensor, axis: int) -> Tensor:

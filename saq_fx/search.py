@@ -2,29 +2,37 @@
 
 import copy
 import json
+import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from saq_fx.allocation import allocate_under, frontier
-from saq_fx.cost import CostTable, budget_constraints, cost_table
-from saq_fx.errors import CheckpointError, PatternError, PrecisionError, SaqError
+from saq_fx.cost import CostTable, budget_constraints, cost_table, feasible_range
+from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, SaqError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.pass_base import Pipeline, check_facts
-from saq_fx.passes.relax_precision import CANDIDATES, RelaxPrecision, choices
+from saq_fx.passes.relax_precision import CANDIDATES, Choice, RelaxPrecision, choices
 from saq_fx.passes.search_asga import Batch, LossFunction, SearchAsga, SearchStep
 from saq_fx.precision import Budget, Policy, Precision, write_whole
+from saq_fx.shapes import evaluating
+from saq_fx.tracing import split_inputs
 
+_LOGGER = logging.getLogger(__name__)
 _FORMAT = "saq_fx.search"
 _VERSION = 1
 
 Budgets = Budget | str | Sequence[Budget | str]
+Candidates = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,17 @@ class ScoredChoice:
     precisions: tuple[Precision, ...]
     scores: tuple[float, ...]
 
-    @property
-    def margin(self) -> float:
-        """By how much the best precision of this group is better than the second best, in loss."""
-        ranked = sorted(self.scores, reverse=True)
-        return ranked[0] - ranked[1] if len(ranked) > 1 else 0.0
+    def without(self, index: int) -> "ScoredChoice":
+        """The same choice with one precision less."""
+        kept = [each for each in range(len(self.scores)) if each != index]
+        return replace(
+            self,
+            precisions=tuple(self.precisions[each] for each in kept),
+            scores=tuple(self.scores[each] for each in kept),
+        )
+
+
+Scored = Mapping[str, ScoredChoice]
 
 
 @dataclass(frozen=True)
@@ -81,27 +95,52 @@ class SearchResult:
         """
         costs = self.costs if costs is None else costs
         scored = self._scored_groups(costs)
-        candidates = {group: choice.precisions for group, choice in scored.items()}
-        constraints = budget_constraints(budget, costs, candidates)
-        chosen = allocate_under(constraints, self._scores(costs, scored))
-        return _policy(costs, candidates, chosen)
+        return _policy(costs, scored, _solve(budget, costs, scored))
 
     def frontier(self, costs: CostTable | None = None) -> list[FrontierPoint]:
         """The efficient policies between the cheapest and the best, by total BitOps (upper convex hull)."""
         costs = self.costs if costs is None else costs
         scored = self._scored_groups(costs)
-        candidates = {group: choice.precisions for group, choice in scored.items()}
         bitops = [
             [float(sum(layer.bitops(precision) for layer in costs.groups[group])) for precision in precisions]
-            for group, precisions in costs.choices(candidates).items()
+            for group, precisions in costs.choices(_precisions(scored)).items()
         ]
-        corners = frontier(bitops, self._scores(costs, scored))
-        return [FrontierPoint(cost, score, _policy(costs, candidates, chosen)) for cost, score, chosen in corners]
+        corners = frontier(bitops, _scores(costs, scored))
+        return [FrontierPoint(cost, score, _policy(costs, scored, chosen)) for cost, score, chosen in corners]
 
-    @property
+    def feasible_budgets(self) -> list[tuple[Budget, Budget]]:
+        """The smallest budget that can be kept and the largest that limits anything, of each kind searched under."""
+        candidates = _precisions(self._scored_groups(self.costs))
+        ranges = [feasible_range(budget, self.costs, candidates) for budget in self.budgets]
+        return [
+            (replace(budget, value=least), replace(budget, value=most))
+            for budget, (least, most) in zip(self.budgets, ranges, strict=True)
+        ]
+
+    @cached_property
     def margins(self) -> dict[str, float]:
-        """Layer -> how sure its choice is: the score between its best and its second best precision."""
-        return {layer: choice.margin for choice in self.choices for layer in choice.layers}
+        """Layer -> how sure its choice is under the search's budget, in loss.
+
+        That is what the best policy loses in score if this layer has to take another precision; infinite where the
+        budget leaves no other.
+        """
+        scored = self._scored_groups(self.costs)
+        chosen = dict(zip(self.costs.groups, _solve(self.budgets, self.costs, scored), strict=True))
+        best = math.fsum(choice.scores[chosen[group]] for group, choice in scored.items())
+        margins = {}
+        for group, choice in scored.items():
+            second = self._best_score({**scored, group: choice.without(chosen[group])})
+            margins.update(dict.fromkeys(choice.layers, best - second))
+        return margins
+
+    def _best_score(self, scored: Scored) -> float:
+        if not all(choice.scores for choice in scored.values()):
+            return -math.inf
+        try:
+            chosen = dict(zip(self.costs.groups, _solve(self.budgets, self.costs, scored), strict=True))
+        except InfeasibleBudgetError:
+            return -math.inf
+        return math.fsum(choice.scores[chosen[group]] for group, choice in scored.items())
 
     def _scored_groups(self, costs: CostTable) -> dict[str, ScoredChoice]:
         """Group of `costs` -> the choice that its layers have, for all that no pin decides."""
@@ -121,10 +160,6 @@ class SearchResult:
                 "the same names; pin the others, or search this network"
             )
         return scored
-
-    @staticmethod
-    def _scores(costs: CostTable, scored: Mapping[str, ScoredChoice]) -> list[list[float]]:
-        return [list(scored[group].scores) if group in scored else [0.0] for group in costs.groups]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the result as JSON, whole or not at all."""
@@ -165,9 +200,22 @@ def _read_choice(data: Mapping[str, Any]) -> ScoredChoice:
     return ScoredChoice(data["group"], tuple(data["layers"]), precisions, tuple(map(float, data["scores"])))
 
 
-def _policy(costs: CostTable, candidates: Mapping[str, Sequence[Precision]], chosen: Sequence[int]) -> Policy:
+def _precisions(scored: Scored) -> dict[str, tuple[Precision, ...]]:
+    return {group: choice.precisions for group, choice in scored.items()}
+
+
+def _scores(costs: CostTable, scored: Scored) -> list[list[float]]:
+    return [list(scored[group].scores) if group in scored else [0.0] for group in costs.groups]
+
+
+def _solve(budget: Budgets, costs: CostTable, scored: Scored) -> list[int]:
+    """The best allocation: for each group of the cost table an index into its choices."""
+    return allocate_under(budget_constraints(budget, costs, _precisions(scored)), _scores(costs, scored))
+
+
+def _policy(costs: CostTable, scored: Scored, chosen: Sequence[int]) -> Policy:
     layers = {}
-    for (group, options), index in zip(costs.choices(candidates).items(), chosen, strict=True):
+    for (group, options), index in zip(costs.choices(_precisions(scored)).items(), chosen, strict=True):
         layers.update({layer.name: layer.effective(options[index]) for layer in costs.groups[group]})
     return Policy({layer.name: layers[layer.name] for layer in costs})
 
@@ -178,14 +226,17 @@ def search_precision(
     loss_fn: LossFunction,
     *,
     budget: Budgets,
-    candidates: Sequence[int] | Mapping[str, Sequence[int]] = CANDIDATES,
+    candidates: Candidates = CANDIDATES,
     steps: int | None = None,
     rho: float = 0.1,
+    alignment: float = 1e-3,
+    weight_lr: float = 0.02,
+    logits_lr: float = 0.02,
 ) -> SearchResult:
     """Searches the bits of every layer that is not pinned by ASGA (arXiv 2505.04877); `gm` is not changed.
 
     A copy is trained with mixtures over the candidates; see `SearchAsga`. Whether the budget can be kept at all is
-    settled before.
+    settled before, and the range of budgets that can is logged.
 
     Args:
         batches: (inputs, targets), inputs as for `example_inputs`; iterated again where `steps` asks for more.
@@ -194,38 +245,100 @@ def search_precision(
         candidates: bits to choose from; or those of "weight" and "activation" apart.
         steps: training steps; None for one pass over `batches`.
         rho: first radius of the perturbation; 0 searches without it (EdMIPS).
+        alignment: how far the perturbed point is drawn back along the gradient; 0 is the plain perturbed loss.
+        weight_lr, logits_lr: learning rates of weights and clipping levels (SGD), and of logits (Adam).
 
     Raises:
         InfeasibleBudgetError: before any training, with the smallest feasible figure.
         PrecisionError: no layer is left to choose for, or the candidates make no sense.
         TrainingError: the batches run out, or a loss is not finite.
     """
-    check_facts(gm, frozenset({"annotations", "shapes", "quantizers"}), "search_precision")
-    budgets = tuple(map(Budget.parse, [budget] if isinstance(budget, Budget | str) else budget))
-    relaxed = copy.deepcopy(gm)
-    Pipeline((_relaxation(candidates),)).run(relaxed)
-    free = choices(relaxed)
-    if not free:
-        raise PrecisionError("every layer is pinned: there is nothing to search")
-    costs = cost_table(gm)
-    constraints = budget_constraints(budgets, costs, {choice.name: choice.precisions() for choice in free})
-    allocate_under(constraints, [[0.0] * len(row) for row in constraints[0].costs])
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    space = _SearchSpace(gm, budget, candidates)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Searching bits", total=None)
         search = SearchAsga(
-            batches, loss_fn, budgets, steps=steps, rho=rho, after_step=lambda _: progress.advance(task)
+            batches,
+            loss_fn,
+            space.budgets,
+            steps=steps,
+            rho=rho,
+            alignment=alignment,
+            weight_lr=weight_lr,
+            logits_lr=logits_lr,
+            after_step=lambda _: progress.advance(task),
         )
         progress.update(task, total=search.step_count())
-        found = search.run(relaxed)
-    scored = tuple(
-        ScoredChoice(choice.name, choice.layers, tuple(choice.precisions()), scores)
-        for choice, scores in zip(free, found.scores, strict=True)
-    )
-    return SearchResult(budgets, scored, costs, found.history)
+        found = search.run(space.relaxed)
+    return space.result(found.scores, found.history)
 
 
-def _relaxation(candidates: Sequence[int] | Mapping[str, Sequence[int]]) -> RelaxPrecision:
+def measure_sensitivity(
+    gm: SaqGraphModule,
+    batches: Iterable[Batch],
+    loss_fn: LossFunction,
+    *,
+    budget: Budgets,
+    candidates: Candidates = CANDIDATES,
+) -> SearchResult:
+    """Scores every width of every operand by the loss that it alone costs, without training: a baseline.
+
+    All others have their widest candidate meanwhile. Arguments and errors are those of `search_precision`; the
+    batches are iterated once for each candidate of each operand.
+    """
+    space = _SearchSpace(gm, budget, candidates)
+    batches = list(batches)
+
+    def loss() -> Tensor:
+        losses = []
+        for inputs, targets in batches:
+            args, kwargs = split_inputs(inputs)
+            losses.append(loss_fn(space.relaxed(*args, **kwargs), targets))
+        return torch.stack(losses).mean()
+
+    with evaluating(space.relaxed):
+        mixtures = [mixture for choice in space.choices for mixture in choice.mixtures]
+        for mixture in mixtures:
+            mixture.select(max(mixture.candidates))
+        widest, gains = loss(), {}
+        for mixture in mixtures:
+            of_width = []
+            for bits in mixture.candidates:
+                mixture.select(bits)
+                of_width.append(widest - loss())
+            mixture.select(max(mixture.candidates))
+            gains[mixture] = torch.stack(of_width)
+    scores = [choice.over_pairs(torch.add, [gains[each] for each in choice.mixtures]) for choice in space.choices]
+    return space.result([tuple(each.tolist()) for each in scores])
+
+
+class _SearchSpace:
+    """A relaxed copy of a graph, what can be chosen in it, and budgets that are known to be feasible."""
+
+    def __init__(self, gm: SaqGraphModule, budget: Budgets, candidates: Candidates) -> None:
+        check_facts(gm, frozenset({"annotations", "shapes", "quantizers"}), "a search of bits")
+        self.budgets = tuple(map(Budget.parse, [budget] if isinstance(budget, Budget | str) else budget))
+        self.costs = cost_table(gm)
+        self.relaxed = copy.deepcopy(gm)
+        Pipeline((_relaxation(candidates),)).run(self.relaxed)
+        self.choices = choices(self.relaxed)
+        if not self.choices:
+            raise PrecisionError("every layer is pinned: there is nothing to search")
+        unscored = self.result([(0.0,) * len(choice.precisions()) for choice in self.choices])
+        for each, (least, most) in zip(self.budgets, unscored.feasible_budgets(), strict=True):
+            _LOGGER.info("budget %s; feasible are %s to %s", each, least, most)
+        unscored.policy_for(self.budgets)
+
+    def result(self, scores: Sequence[tuple[float, ...]], history: tuple[SearchStep, ...] = ()) -> SearchResult:
+        """What the scores of every choice make."""
+        scored = tuple(
+            ScoredChoice(choice.name, choice.layers, tuple(choice.precisions()), of_choice)
+            for choice, of_choice in zip(self.choices, scores, strict=True)
+        )
+        return SearchResult(self.budgets, scored, self.costs, history)
+
+
+def _relaxation(candidates: Candidates) -> RelaxPrecision:
     if not isinstance(candidates, Mapping):
         return RelaxPrecision(tuple(candidates), tuple(candidates))
     unknown = set(candidates) - {"weight", "activation"}

@@ -1,14 +1,20 @@
 """Mixtures over bit-widths against the sum written out."""
 
+import math
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saq_fx.errors import PrecisionError
 from saq_fx.mixtures import MixtureQuantizer
-from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, StepQuantizer
+from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
 
-MAKERS = {
+MAKERS: dict[str, Callable[[int], Quantizer]] = {
+    "normalized weights": lambda bits: ClipWeightQuantizer(bits, normalize=True, dtype=torch.double),
+    "signed steps": lambda bits: StepQuantizer(bits, signed=True, dtype=torch.double),
+    "unsigned steps": lambda bits: StepQuantizer(bits, signed=False, dtype=torch.double),
     "weights": lambda bits: ClipWeightQuantizer(bits, dtype=torch.double),
     "channels": lambda bits: ClipWeightQuantizer(bits, channels=4, dtype=torch.double),
     "activations": lambda bits: ClipActivationQuantizer(bits, dtype=torch.double),
@@ -20,19 +26,52 @@ def mixture(kind: str, bits: tuple[int, ...], logits: list[float]) -> MixtureQua
     return MixtureQuantizer([MAKERS[kind](b) for b in bits], nn.Parameter(torch.tensor(logits, dtype=torch.double)))
 
 
+def written_out(mixed: MixtureQuantizer, x: Tensor) -> Tensor:
+    weights = torch.exp(mixed.logits / mixed.temperature)
+    weights = weights / weights.sum()
+    return torch.stack([w * quantizer(x) for w, quantizer in zip(weights, mixed.quantizers, strict=True)]).sum(0)
+
+
+def assert_all_close(actual: Sequence[Tensor], expected: Sequence[Tensor], atol: float = 1e-12) -> None:
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-12, atol=atol)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 50001)], ids=["one block", "several blocks"])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_values_and_gradients_are_those_of_the_sum(kind: str) -> None:
-    x = torch.randn(4, 6, dtype=torch.double, requires_grad=True)
-    grad = torch.randn(4, 6, dtype=torch.double)
-    mixed = mixture(kind, (2, 3, 6), [0.3, -0.2, 1.0])
+def test_values_and_gradients_are_those_of_the_sum(kind: str, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.double)
+    grad = torch.randn(shape, dtype=torch.double)
+    mixed = mixture(kind, (2, 3, 6, 8), [0.3, -0.2, 1.0, 0.1])
     mixed.temperature = 0.7
+    mixed(x)
+    end = mixed.quantizers[1].level.detach().flatten()[0]
+    x[0, :3] = torch.stack([end, -end, torch.zeros_like(end)])
+    inputs = [x.requires_grad_(), *mixed.parameters()]
+    output, expected = mixed(x), written_out(mixed, x)
+    atol = 1e-12 * math.sqrt(x.numel())
+    assert_all_close([output], [expected])
+    assert_all_close(torch.autograd.grad(output, inputs, grad), torch.autograd.grad(expected, inputs, grad), atol)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_second_derivatives_are_those_of_the_sum(kind: str) -> None:
+    x = torch.randn(4, 6, dtype=torch.double, requires_grad=True)
+    mixed = mixture(kind, (2, 3, 6), [0.3, -0.2, 1.0])
     inputs = [x, *mixed.parameters()]
-    actual = torch.autograd.grad(mixed(x), inputs, grad)
-    weights = torch.exp(mixed.logits / 0.7) / torch.exp(mixed.logits / 0.7).sum()
-    expected = sum(weight * quantizer(x) for weight, quantizer in zip(weights, mixed.quantizers, strict=True))
-    assert torch.allclose(mixed(x), expected, rtol=0, atol=1e-12)
-    for got, wanted in zip(actual, torch.autograd.grad(expected, inputs, grad), strict=True):
-        assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12)
+
+    def second(output: Tensor) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(torch.stack([each.square().sum() for each in gradients]).sum(), inputs)
+
+    assert_all_close(second(mixed(x)), second(written_out(mixed, x)))
+
+
+def test_compiled_is_the_same() -> None:
+    mixed = mixture("weights", (2, 3, 6), [0.3, -0.2, 1.0])
+    x = torch.randn(4, 6, dtype=torch.double)
+    expected = mixed(x)
+    assert_all_close([torch.compile(mixed, backend="eager", fullgraph=True)(x)], [expected])
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -1,0 +1,219 @@
+"""Prepares the models of torchvision, timm and transformers, and writes what worked to `docs/coverage.md`.
+
+For each model: the way taken, the share of MACs that is quantized, whether the float graph equals the model bit for bit
+(outputs and gradients in both modes), whether a W4A4 forward and backward is finite, whether copies compute the same,
+seconds.
+
+`python tools/zoo_coverage.py [--out docs/coverage.md] [--only NAME ...] [--largest PARAMETERS]`
+"""
+
+import argparse
+import copy
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+import transformers
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from saq_fx import precision_report, prepare_saq
+from saq_fx.errors import SaqError
+from saq_fx.tracing import split_inputs
+
+Maker = Callable[[], tuple[nn.Module, Any]]
+HEADERS = ("model", "way", "MACs quantized, %", "float graph", "W4A4", "copies", "seconds", "left in float, or why not")
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors of a nested output, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [each for item in value for each in tensors(item)]
+    return []
+
+
+def run(module: nn.Module, inputs: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs, and gradients of the sum of their squares, from a fixed random state."""
+    module.zero_grad()
+    args, kwargs = split_inputs(inputs)
+    torch.manual_seed(1)
+    outputs = [each for each in tensors(module(*args, **kwargs)) if each.is_floating_point()]
+    torch.stack([each.square().mean() for each in outputs]).sum().backward()
+    return outputs, {name: each.grad for name, each in module.named_parameters() if each.grad is not None}
+
+
+def equality(model: nn.Module, gm: nn.Module, inputs: Any) -> str:
+    """'exact', or the largest relative difference of an output or gradient in either mode."""
+    worst = 0.0
+    for training in (False, True):
+        expected, gradients = run(model.train(training), inputs)
+        outputs, others = run(gm.train(training), inputs)
+        pairs = [*zip(outputs, expected, strict=True), *((others[name], each) for name, each in gradients.items())]
+        for actual, wanted in pairs:
+            if not torch.equal(actual, wanted):
+                worst = max(worst, float((actual - wanted).norm() / wanted.norm().clamp_min(1e-30)))
+    return "exact" if worst == 0 else f"{worst:.1e}"
+
+
+def check(name: str, make: Maker) -> tuple[Any, ...]:
+    """One row of the table."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    model, inputs = make()
+    try:
+        gm = prepare_saq(model, example_inputs=inputs, precision=None)
+        same = equality(model, gm, inputs)
+        quantized = prepare_saq(model, example_inputs=inputs)
+        report = precision_report(quantized)
+        outputs, gradients = run(quantized.train(), inputs)
+        finite = all(bool(torch.isfinite(each).all()) for each in (*outputs, *gradients.values()))
+        copied = copy.deepcopy(quantized)
+        copied.load_state_dict(quantized.state_dict())
+        copies = all(
+            torch.equal(*pair) for pair in zip(run(quantized.eval(), inputs)[0], run(copied.eval(), inputs)[0])
+        )
+        left = ", ".join(each for each, _ in report.uncounted)
+        share = f"{100 * report.quantized_share:.1f}"
+        seconds = time.perf_counter() - start
+        return name, report.tracing, share, same, "finite" if finite else "not finite", copies, seconds, left
+    except (SaqError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        reason = str(error).replace("\n", " ").replace("|", "/")
+        return name, "failed", "", "", "", "", time.perf_counter() - start, reason[:200]
+
+
+def image_model(make: Callable[[], nn.Module], *shape: int) -> Maker:
+    return lambda: (make(), torch.randn(shape))
+
+
+def torchvision_models() -> Iterator[tuple[str, Maker]]:
+    sizes = {"maxvit_t": 224, "inception_v3": 96, "vit_b_16": 224, "vit_b_32": 224, "vit_l_16": 224, "vit_l_32": 224}
+    for module in (torchvision.models, torchvision.models.segmentation, torchvision.models.video):
+        for name in torchvision.models.list_models(module=module):
+            options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            if module is torchvision.models.segmentation:
+                options["weights_backbone"] = None
+            video = module is torchvision.models.video
+            size = sizes.get(name, 64)
+            shape = (1, 3, 16, 224, 224) if name.startswith(("mvit", "swin3d")) else (1, 3, 16, 112, 112)
+            shape = shape if video else (2, 3, size, size)
+            yield (
+                name,
+                image_model(lambda n=name, o=options: torchvision.models.get_model(n, weights=None, **o), *shape),
+            )
+    for name in torchvision.models.list_models(module=torchvision.models.detection):
+        make = lambda n=name: torchvision.models.get_model(n, weights=None, weights_backbone=None)  # noqa: E731
+        yield name, lambda make=make: (make().eval(), ([torch.randn(3, 96, 96)],))
+
+
+def smallest_of_each_timm_family() -> Iterator[tuple[str, Maker]]:
+    for family in timm.list_modules():
+        sizes = {}
+        for name in timm.list_models(module=family):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    sizes[name] = sum(each.numel() for each in timm.create_model(name).parameters())
+                except (RuntimeError, NotImplementedError, AssertionError, TypeError):
+                    continue
+        if sizes:
+            yield f"timm {min(sizes, key=sizes.__getitem__)}", timm_model(min(sizes, key=sizes.__getitem__))
+
+
+def timm_model(name: str) -> Maker:
+    def make() -> tuple[nn.Module, Any]:
+        model = timm.create_model(name, pretrained=False)
+        return model, torch.randn(2, *model.default_cfg["input_size"])
+
+    return make
+
+
+def transformers_models() -> Iterator[tuple[str, Maker]]:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    words, images = {**small, "vocab_size": 100}, {**small, "image_size": 32, "patch_size": 8}
+    tokens = {"input_ids": torch.randint(5, 100, (2, 9))}
+    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    t5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
+    opt = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+    }
+    swin = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    segformer = {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "decoder_hidden_size": 32}
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
+    distil = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}
+    both = {**tokens, "decoder_input_ids": tokens["input_ids"]}
+    table: list[tuple[str, str, dict[str, Any], dict[str, Tensor]]] = [
+        ("Bert", "ForSequenceClassification", words, tokens),
+        ("DistilBert", "ForSequenceClassification", distil, tokens),
+        ("Roberta", "ForSequenceClassification", words, tokens),
+        ("Electra", "ForSequenceClassification", {**words, "embedding_size": 32}, tokens),
+        ("GPT2", "LMHeadModel", gpt2, tokens),
+        ("Llama", "ForCausalLM", words, tokens),
+        ("Qwen2", "ForCausalLM", {**words, "num_key_value_heads": 2}, tokens),
+        ("OPT", "ForCausalLM", {**opt, "vocab_size": 100}, tokens),
+        ("T5", "ForConditionalGeneration", t5, both),
+        ("ViT", "ForImageClassification", images, pixels),
+        ("DeiT", "ForImageClassification", images, pixels),
+        ("Swin", "ForImageClassification", swin, pixels),
+        ("Segformer", "ForSemanticSegmentation", segformer, {"pixel_values": torch.randn(2, 3, 64, 64)}),
+    ]
+    for family, head, options, inputs in table:
+        config = getattr(transformers, f"{family}Config")
+        model = getattr(transformers, f"{family}{head}")
+        yield f"hf {family}", lambda m=model, c=config, o=options, i=inputs: (m(c(**o)), i)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"))
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--largest", type=float, default=60e6, help="parameters of the largest model that is tried")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    rows, larger = [], []
+    for source in (torchvision_models, smallest_of_each_timm_family, transformers_models):
+        for name, make in source():
+            if options.only and name not in options.only:
+                continue
+            with torch.device("meta"):
+                try:
+                    size = sum(each.numel() for each in make()[0].parameters())
+                except (RuntimeError, NotImplementedError):
+                    size = 0
+            if size > options.largest:
+                larger.append(name)
+                continue
+            rows.append(check(name, make))
+            print(*rows[-1], flush=True)
+            gc.collect()
+    good = [row for row in rows if row[1] != "failed"]
+    exact = sum(row[3] == "exact" for row in good)
+    summary = (
+        f"{len(good)} of {len(rows)} models are prepared; the float graph of {exact} equals the model bit for bit, "
+        "outputs in both modes and gradients."
+    )
+    table = tabulate(rows, HEADERS, tablefmt="pipe", floatfmt=".1f")
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
+    skipped = f"Not tried, for more than {options.largest:.0f} parameters: {', '.join(larger) or 'none'}."
+    head = "# Which models are covered\n\nWritten by `tools/zoo_coverage.py`"
+    options.out.write_text(
+        f"{head} on a CPU ({versions}transformers {transformers.__version__}).\n\n{summary}\n\n{table}\n\n{skipped}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

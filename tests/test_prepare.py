@@ -25,7 +25,7 @@ FAMILIES = (
     "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t",
     "swin_v2_t", "vgg11_bn", "vit_b_32",
 )  # fmt: skip
-SIZES = {"maxvit_t": 224, "vit_h_14": 224, "inception_v3": 96, "alexnet": 64, "googlenet": 64}
+SIZES = {"maxvit_t": 224, "vit_h_14": 224, "inception_v3": 299, "alexnet": 64, "googlenet": 64}
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from saq_fx.errors import PrecisionError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.precision import Precision
+from saq_fx.precision import MAX_BITS, MIN_BITS, Precision
 
 CANDIDATES = (2, 3, 4, 6)
 
@@ -32,6 +32,9 @@ class RelaxPrecision(Pass):
     Args:
         weight: candidate bits of weights.
         activation: candidate bits of activations.
+
+    Raises:
+        PrecisionError: candidates that repeat, or of less than 2 or more than 8 bits.
     """
 
     weight: tuple[int, ...] = CANDIDATES
@@ -40,10 +43,11 @@ class RelaxPrecision(Pass):
 
     def __post_init__(self) -> None:
         for operand, bits in (("weight", self.weight), ("activation", self.activation)):
-            if not bits or len(set(bits)) < len(bits):
-                raise PrecisionError(f"{operand} candidates are {bits}: give different bit-widths, at least one")
-            for candidate in bits:
-                Precision(candidate, candidate)
+            if not bits or len(set(bits)) < len(bits) or not all(MIN_BITS <= each <= MAX_BITS for each in bits):
+                raise PrecisionError(
+                    f"{operand} candidates are {bits}: give different widths of {MIN_BITS} to {MAX_BITS} bits, "
+                    "at least one"
+                )
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Replaces quantizer modules of `gm`; mixtures that are there already stay as they are."""
@@ -76,6 +80,8 @@ def _replace(gm: SaqGraphModule, paths: Iterable[str | None], bits: tuple[int, .
             candidates = [copy.deepcopy(quantizer) for _ in bits]
             for candidate, candidate_bits in zip(candidates, bits, strict=True):
                 candidate.set_bits(candidate_bits)
+                # The width that the quantizer had must not be ahead of the others.
+                candidate.initialized = False
             gm.set_submodule(path, MixtureQuantizer(candidates, logits))
     return bool(plain)
 
@@ -118,8 +124,9 @@ class Choice:
 
 
 def choices(gm: SaqGraphModule) -> list[Choice]:
-    """The free choices of a relaxed graph, in the order of execution."""
-    return [_choice(gm, group) for group in _searchable_groups(gm)]
+    """The free choices of a relaxed graph, in the order of execution; none of a graph without mixtures."""
+    found = [_choice(gm, group) for group in _searchable_groups(gm)]
+    return [choice for choice in found if choice.mixtures]
 
 
 def _choice(gm: SaqGraphModule, group: list[LayerAnnotation]) -> Choice:
@@ -130,5 +137,5 @@ def _choice(gm: SaqGraphModule, group: list[LayerAnnotation]) -> Choice:
 
 
 def _first_mixture(gm: SaqGraphModule, paths: Iterable[str | None]) -> MixtureQuantizer | None:
-    found: list[Any] = [gm.get_submodule(path) for path in paths if path is not None]
-    return found[0] if found else None
+    modules = (gm.get_submodule(path) for path in paths if path is not None)
+    return next((module for module in modules if isinstance(module, MixtureQuantizer)), None)

@@ -165,7 +165,7 @@ class _Search:
         self.choices = choices(gm)
         if not self.choices:
             raise PassError("the graph has no mixtures to search: run RelaxPrecision, and leave a layer unpinned")
-        self.shares = _ExpectedShares(gm, self.choices, options.budgets)
+        self.shares = ExpectedShares(gm, self.choices, options.budgets)
         self.mixtures = [mixture for choice in self.choices for mixture in choice.mixtures]
         self.logits = [mixture.logits for mixture in self.mixtures]
         weights = [each for each in gm.parameters() if each.requires_grad and each not in set(self.logits)]
@@ -211,7 +211,7 @@ class _Search:
         """L, L_a, g and g_a."""
         random_state = RandomState(self.parameters)
         loss, gradient = self._differentiate(closure)
-        if self.options.rho == 0:
+        if self.rho == 0:
             return loss, loss, gradient, gradient
         of_parameter = zip(self.parameters, gradient, strict=True)
         ascent = {parameter: slope for parameter, slope in of_parameter if parameter not in self.levels}
@@ -257,8 +257,9 @@ class _Search:
     def _adapt(self, gap: float, cost: float) -> None:
         """The radius and the price for the next step."""
         self.mean_gap = gap if self.done == 0 else SMOOTHING * self.mean_gap + (1 - SMOOTHING) * gap
-        smallest, largest = self.options.rho_range
-        self.rho = min(max(math.log1p(self.mean_gap), smallest), largest)
+        if self.rho > 0:
+            smallest, largest = self.options.rho_range
+            self.rho = min(max(math.log1p(self.mean_gap), smallest), largest)
         self.beta += self.options.dual_lr * (cost - 1)
         self.done += 1
 
@@ -271,7 +272,7 @@ class _Search:
         )
 
 
-class _ExpectedShares:
+class ExpectedShares:
     """The cost that each constraint expects of the mixtures, as a share of its limit; differentiable.
 
     Closed form: a layer's expected BitOps are `MACs E[b_w] E[b_a]`; in a product, whose operands have the same

@@ -20,8 +20,9 @@ from saq_fx.allocation import allocate_under, frontier
 from saq_fx.cost import CostTable, budget_constraints, cost_table, feasible_range
 from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, SaqError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pipeline, check_facts
-from saq_fx.passes.relax_precision import CANDIDATES, Choice, RelaxPrecision, choices
+from saq_fx.passes.relax_precision import CANDIDATES, RelaxPrecision, choices
 from saq_fx.passes.search_asga import Batch, LossFunction, SearchAsga, SearchStep
 from saq_fx.precision import Budget, Policy, Precision, write_whole
 from saq_fx.shapes import evaluating
@@ -299,17 +300,23 @@ def measure_sensitivity(
     with evaluating(space.relaxed):
         mixtures = [mixture for choice in space.choices for mixture in choice.mixtures]
         for mixture in mixtures:
-            mixture.select(max(mixture.candidates))
+            _select(mixture, max(mixture.candidates))
         widest, gains = loss(), {}
         for mixture in mixtures:
             of_width = []
             for bits in mixture.candidates:
-                mixture.select(bits)
+                _select(mixture, bits)
                 of_width.append(widest - loss())
-            mixture.select(max(mixture.candidates))
+            _select(mixture, max(mixture.candidates))
             gains[mixture] = torch.stack(of_width)
     scores = [choice.over_pairs(torch.add, [gains[each] for each in choice.mixtures]) for choice in space.choices]
     return space.result([tuple(each.tolist()) for each in scores])
+
+
+def _select(mixture: MixtureQuantizer, bits: int) -> None:
+    """Leaves one candidate in the mixture, and in all that share its logits."""
+    position = mixture.candidates.index(bits)
+    mixture.logits.fill_(-math.inf)[position] = 0.0
 
 
 class _SearchSpace:

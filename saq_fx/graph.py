@@ -31,6 +31,7 @@ class SaqGraphModule(fx.GraphModule):
         for name, _ in tensors:
             if name not in present:
                 _copy_attr(root, self, name)
+        _order_as(self, root)
         self._keep_out_of_state({name for name, _ in self.named_buffers()} - set(root.state_dict(keep_vars=True)))
         self.training = root.training
         self.register_load_state_dict_post_hook(_read_bits)  # type: ignore[no-untyped-call]
@@ -58,6 +59,20 @@ class SaqGraphModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
         return _rebuild, (state, _dump_graph(self.graph))
+
+
+def _order_as(module: nn.Module, model: nn.Module) -> None:
+    """Gives children, parameters and buffers the order that they have in the model, and so do all that iterate."""
+    if module is model:
+        return
+    for kind in ("_modules", "_parameters", "_buffers"):
+        held, order = getattr(module, kind), list(getattr(model, kind))
+        for name in [name for name in order if name in held]:
+            held[name] = held.pop(name)
+    for name, child in module.named_children():
+        of_model = getattr(model, name, None)
+        if isinstance(of_model, nn.Module):
+            _order_as(child, of_model)
 
 
 def _dump_graph(graph: fx.Graph) -> dict[str, Any]:

@@ -45,14 +45,10 @@ class ScoredChoice:
     precisions: tuple[Precision, ...]
     scores: tuple[float, ...]
 
-    def without(self, index: int) -> "ScoredChoice":
+    def without(self, precision: Precision) -> "ScoredChoice":
         """The same choice with one precision less."""
-        kept = [each for each in range(len(self.scores)) if each != index]
-        return replace(
-            self,
-            precisions=tuple(self.precisions[each] for each in kept),
-            scores=tuple(self.scores[each] for each in kept),
-        )
+        scores = {each: score for each, score in zip(self.precisions, self.scores, strict=True) if each != precision}
+        return replace(self, precisions=tuple(scores), scores=tuple(scores.values()))
 
 
 Scored = Mapping[str, ScoredChoice]
@@ -126,16 +122,15 @@ class SearchResult:
         budget leaves no other.
         """
         scored = self._scored_groups(self.costs)
-        chosen = dict(zip(self.costs.groups, _solve(self.budgets, self.costs, scored), strict=True))
-        best = math.fsum(choice.scores[chosen[group]] for group, choice in scored.items())
-        margins = {}
+        best, margins = self._best_score(scored), {}
         for group, choice in scored.items():
-            second = self._best_score({**scored, group: choice.without(chosen[group])})
-            margins.update(dict.fromkeys(choice.layers, best - second))
+            others = choice.without(self.policy[choice.layers[0]])
+            margins.update(dict.fromkeys(choice.layers, best - self._best_score({**scored, group: others})))
         return margins
 
     def _best_score(self, scored: Scored) -> float:
-        if not all(choice.scores for choice in scored.values()):
+        """The best total under the search's budget; minus infinity where nothing is left that keeps it."""
+        if not all(choice.precisions for choice in scored.values()):
             return -math.inf
         try:
             chosen = dict(zip(self.costs.groups, _solve(self.budgets, self.costs, scored), strict=True))

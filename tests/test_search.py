@@ -1,5 +1,7 @@
 """One search serves every budget: the policy is within it, exact, and comes back from its file."""
 
+import copy
+import math
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -16,7 +18,7 @@ from saq_fx.cost import feasible_range
 from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, TrainingError
 from saq_fx.graph import layers
 from saq_fx.networks import SmallResNet
-from saq_fx.search import SearchResult
+from saq_fx.search import SearchResult, measure_sensitivity
 from saq_fx.tracing import split_inputs
 from tests.test_prepare import tensors
 from tests.zoo import ZOO
@@ -124,6 +126,53 @@ def test_frontier_rises_and_keeps_its_costs(result: SearchResult) -> None:
         assert total_bitops(result, point.policy) == point.bitops
     best = sum(max(choice.scores) for choice in result.choices)
     assert points[-1].score == pytest.approx(best)
+
+
+def test_margins_are_what_another_choice_costs(result: SearchResult) -> None:
+    few = replace(result, choices=tuple(replace(choice, **best_two(choice)) for choice in result.choices))
+    scores = [dict(zip(choice.precisions, choice.scores, strict=True)) for choice in few.choices]
+    limit = 0.14 * few.costs.total_bitops(few.costs.uniform(Precision(8, 8)))
+    totals = {
+        picks: sum(score[pick] for score, pick in zip(scores, picks, strict=True))
+        for picks in product(*(choice.precisions for choice in few.choices))
+        if cost_of(few, picks) <= limit
+    }
+    best = max(totals, key=totals.__getitem__)
+    for index, choice in enumerate(few.choices):
+        second = max((total for picks, total in totals.items() if picks[index] != best[index]), default=-math.inf)
+        assert few.margins[choice.group] == pytest.approx(totals[best] - second)
+
+
+def test_feasible_budgets_are_the_ends(result: SearchResult) -> None:
+    ((least, most),) = result.feasible_budgets()
+    assert set(result.policy_for(least).values()) == {Precision(2, 2), Precision(8, 8)}
+    assert total_bitops(result, result.policy_for(most)) <= total_bitops(
+        result, Policy(result.costs.uniform(Precision(6, 6)))
+    )
+    with pytest.raises(InfeasibleBudgetError):
+        result.policy_for(replace(least, value=least.value * (1 - 1e-12)))
+
+
+def test_sensitivity_is_the_loss_that_one_width_costs(gm: Any) -> None:
+    data = batches()[:1]
+    inputs, targets = data[0]
+    found = measure_sensitivity(gm, data, F.cross_entropy, budget="0.2xW8A8", candidates={"weight": (2, 4, 5)})
+    widest = copy.deepcopy(gm).eval()
+    saq_fx.apply_policy(widest, "W5A6")
+
+    def loss(of: nn.Module) -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(of(inputs), targets))
+
+    base = loss(widest)
+    for choice in found.choices[:2]:
+        for precision, score in zip(choice.precisions, choice.scores, strict=True):
+            alone = []
+            for pair in (replace(precision, activation=6), replace(precision, weight=5)):
+                one = copy.deepcopy(widest)
+                saq_fx.apply_policy(one, Policy({choice.group: pair}))
+                alone.append(base - loss(one))
+            assert score == pytest.approx(sum(alone), abs=1e-5)
 
 
 def test_another_network_of_the_same_layers(result: SearchResult) -> None:

@@ -105,7 +105,7 @@ def torchvision_models() -> Iterator[tuple[str, Maker]]:
                 options["weights_backbone"] = None
             video = module is torchvision.models.video
             size = sizes.get(name, 64)
-            shape = (1, 3, 16, 224, 224) if name.startswith(("mvit", "swin3d")) else (1, 3, 16, 112, 112)
+            shape = (1, 3, 16, 224, 224) if name.startswith(("mvit", "swin3d", "s3d")) else (1, 3, 16, 112, 112)
             shape = shape if video else (2, 3, size, size)
             yield (
                 name,

@@ -16,6 +16,7 @@ from saq_fx.passes.canonicalize import Canonicalize
 from saq_fx.passes.insert_perturbations import InsertPerturbations, RemovePerturbations
 from saq_fx.passes.insert_quantizers import InsertQuantizers
 from saq_fx.passes.open_attention import OpenAttention
+from saq_fx.passes.relax_precision import RelaxPrecision
 from saq_fx.precision import Policy, Precision
 from saq_fx.tracing import split_inputs, trace
 from tests.zoo import ZOO
@@ -32,6 +33,7 @@ def passes(inputs: Any) -> list[Pass]:
         InsertPerturbations(case=3),
         InsertPerturbations(case=2),
         RemovePerturbations(),
+        RelaxPrecision((2, 4), (3, 6)),
     ]
 
 

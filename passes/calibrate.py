@@ -25,7 +25,7 @@ class Calibrate(Pass):
     """Initialises clipping levels by the recipe's method (minimum mean squared error unless it says otherwise).
 
     The float graph runs once on every batch in evaluation mode; each quantizer sees what would enter it, from which
-    an evenly spaced sample is kept. Levels are then fitted: METHOD section 1, "initial clipping levels".
+    an evenly spaced sample is kept. Levels are then fitted (docs/method.md).
 
     Args:
         batches: inputs of the model, as for `example_inputs`; without any, levels are left to the first forward.

@@ -24,7 +24,7 @@ class InsertQuantizers(Pass):
 
     `conv2d(x, w)` becomes `conv2d(conv.input_quantizer(x), conv.weight_quantizer(w))`, and a product's second operand
     goes through `other_quantizer`. One weight has one quantizer, however many layers read it. The network's own input
-    gets none. Activations that cannot be negative are unsigned, all others signed (LSQ+): METHOD section 1.
+    gets none. Activations that cannot be negative are unsigned, all others signed (LSQ+): docs/method.md.
     """
 
     recipe: Recipe = field(default_factory=Recipe)

@@ -143,7 +143,7 @@ _PRESERVING_METHODS = {
 
 
 def has_nonnegative_values(gm: nn.Module) -> set[fx.Node]:
-    """Nodes whose values cannot be negative, decided from what produces them (METHOD: signedness)."""
+    """Nodes whose values cannot be negative, decided from what produces them (docs/method.md)."""
     graph: fx.Graph = gm.graph  # type: ignore[assignment]
     nonnegative: set[fx.Node] = set()
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""The layers of DESIGN.md, held on the source: imports point down and in no circle; parts stand alone."""
+"""The layers of the code, held on the source: imports point down and in no circle; parts stand alone."""
 
 import ast
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ def imports(name: str) -> Iterator[tuple[str, int]]:
 def test_table_names_every_module_and_no_other() -> None:
     modules = {path.stem for path in (ROOT / "saq_fx").glob("*.py")}
     missing, gone = sorted(modules - LAYER_OF.keys()), sorted(LAYER_OF.keys() - modules)
-    assert not missing, f"give these modules a layer in LAYERS, as DESIGN.md has it: {missing}"
+    assert not missing, f"give these modules a layer in LAYERS: {missing}"
     assert not gone, f"these modules do not exist, take them out of LAYERS: {gone}"
 
 

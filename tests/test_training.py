@@ -64,7 +64,7 @@ def sgd(gm: nn.Module, lr: float = 1.0, **options: Any) -> SAQ:
     return SAQ(gm, torch.optim.SGD(gm.parameters(), lr), RHO, beta=BETA, **options)
 
 
-# The reference: METHOD section 2 in float64, with quantizers and gradients of its own.
+# The reference: the step of SAQ (Eq. 10-15, Algorithm 1) in float64, with quantizers and gradients of its own.
 
 
 def round_ste(x: Tensor) -> Tensor:

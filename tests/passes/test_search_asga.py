@@ -86,7 +86,7 @@ def clip_activation(x: Tensor, level: Tensor, bits: int) -> Tensor:
 
 
 class Reference:
-    """The network of `Small` and the search of METHOD section 3, written out."""
+    """The network of `Small` and the search step of `SearchAsga`, written out."""
 
     names = ("conv.weight_quantizer", "conv.input_quantizer")
 

@@ -126,6 +126,18 @@ class PerturbedWeight:
     perturbation: Perturbation
     parameters: tuple[nn.Parameter, ...]
     shape: torch.Size
+    graph_module: SaqGraphModule
+    quantizer: fx.Node
+
+    def quantized(self) -> Tensor:
+        """The quantized weight as it is now: in case 2, of the weight with its delta."""
+        return _value(self.graph_module, self.quantizer)
+
+    def value(self) -> Tensor:
+        """The tensor whose gradient defines the perturbation: the quantized weight in case 3, else the weight."""
+        case = record_of(self.graph_module).perturbation_case or 0
+        behind = CASES[case][0] == "after"
+        return self.quantized() if behind else _value(self.graph_module, self.quantizer.all_input_nodes[0])
 
 
 def perturbed_weights(gm: SaqGraphModule) -> list[PerturbedWeight]:
@@ -141,9 +153,8 @@ def perturbed_weights(gm: SaqGraphModule) -> list[PerturbedWeight]:
         parameters = _parameters_behind(gm, node)
         if parameters:
             gradient, perturbation = (_leaf(gm, target, side) for side in sides)
-            with torch.no_grad():
-                shape = _value(fx.Interpreter(gm), node.all_input_nodes[0]).shape
-            found.append(PerturbedWeight(gradient, perturbation, parameters, shape))
+            shape = _value(gm, node.all_input_nodes[0]).shape
+            found.append(PerturbedWeight(gradient, perturbation, parameters, shape, gm, node))
     return found
 
 
@@ -161,10 +172,25 @@ def _parameters_behind(gm: SaqGraphModule, quantizer: fx.Node) -> tuple[nn.Param
     return tuple(found)
 
 
-def _value(interpreter: fx.Interpreter, node: fx.Node) -> Any:
+@torch.no_grad()
+def _value(gm: SaqGraphModule, node: fx.Node) -> Tensor:
     """The value of a node that depends on no input of the graph."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: _value(interpreter, operand))
-    return getattr(interpreter, node.op)(node.target, args, kwargs)
+    interpreter = fx.Interpreter(gm)
+
+    def evaluate(node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), evaluate)
+        return getattr(interpreter, node.op)(node.target, args, kwargs)
+
+    value: Tensor = evaluate(node)
+    return value
+
+
+def moved_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
+    """Share of the elements that differ between two lists of quantized weights; None of empty lists."""
+    if not before:
+        return None
+    moved = torch.stack([(a != b).sum() for a, b in zip(before, after, strict=True)]).sum()
+    return float(moved) / sum(tensor.numel() for tensor in before)
 
 
 @contextmanager
@@ -189,4 +215,5 @@ def zero_deltas(weights: Sequence[PerturbedWeight]) -> Iterator[list[tuple[Tenso
 
 
 def _zeros(weight: PerturbedWeight) -> Tensor:
-    return weight.parameters[0].detach().new_zeros(weight.shape).requires_grad_()
+    like = weight.parameters[0]
+    return torch.zeros(weight.shape, dtype=like.dtype, device=like.device, requires_grad=True)

@@ -2,12 +2,13 @@
 
 from saq_fx.checkpoint import load, policy_of, save
 from saq_fx.cost import CostTable, cost_table
+from saq_fx.parameters import parameter_groups
 from saq_fx.precision import Budget, Policy, Precision
 from saq_fx.prepare import apply_policy, calibrate, prepare_saq
 from saq_fx.recipe import Recipe
 from saq_fx.report import LayerRow, PrecisionReport, precision_report
 from saq_fx.search import SearchResult, search_precision
-from saq_fx.training import SAQ, parameter_groups
+from saq_fx.training import SAQ
 
 __all__ = [
     "SAQ",

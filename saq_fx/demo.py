@@ -15,12 +15,13 @@ from saq_fx.checkpoint import save
 from saq_fx.data import Images, digits
 from saq_fx.graph import SaqGraphModule
 from saq_fx.networks import SmallResNet
+from saq_fx.parameters import parameter_groups
 from saq_fx.plots import plot_bits
 from saq_fx.precision import Budget, write_whole
 from saq_fx.prepare import apply_policy, prepare_saq
 from saq_fx.report import PrecisionReport, precision_report
 from saq_fx.search import search_precision
-from saq_fx.training import SAQ, parameter_groups
+from saq_fx.training import SAQ
 
 _TRAINING_IMAGES = 300  # so few that precision shows in the accuracy
 _BATCH = 50

@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
-    0: "errors precision recipe quantizers mixtures sharpness allocation",
+    0: "errors precision recipe quantizers mixtures sharpness allocation batching parallel parameters",
     1: "annotation attention dataflow graph modes operators pass_base rewriting shapes symbolic tracing",
     2: "cost report plots",
-    4: "__init__ prepare search training checkpoint data models networks cli demo",
+    3: "training",
+    4: "__init__ prepare search checkpoint data models networks cli demo",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # What a module must work, and be tested, without.

@@ -1,13 +1,44 @@
 """Cutting a batch, whatever tensors it is made of, along its first axis."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from saq_fx.errors import TrainingError
+
+
+class Chunk(NamedTuple):
+    """A part of a batch: its loss in the first pass and in the second, and its share of the samples."""
+
+    first: Callable[[], Tensor]
+    second: Callable[[], Tensor]
+    share: float
+
+
+def cut(closure: Callable[..., Tensor], batch: tuple[Any, ...], size: int | None, fraction: float) -> list[Chunk]:
+    """A batch in chunks of `size` samples (None: one), the second pass on the first `fraction` of each.
+
+    Raises:
+        TrainingError: there is something to cut, and no batch.
+    """
+    whole = partial(closure, *batch)
+    if size is None and fraction == 1:
+        return [Chunk(whole, whole, 1.0)]
+    if not batch:
+        raise TrainingError(
+            "chunk_size and second_pass_fraction cut the batch, which step() therefore needs: "
+            "opt.step(lambda x, y: loss_fn(gm(x), y), x, y)"
+        )
+    total = batch_size(batch)
+    parts = [_part(batch, start, start + (size or total)) for start in range(0, total, size or total)]
+    return [
+        Chunk(partial(closure, *part), partial(closure, *_first(part, fraction)), batch_size(part) / total)
+        for part in parts
+    ]
 
 
 def batch_size(batch: Any) -> int:
@@ -28,14 +59,7 @@ def batch_size(batch: Any) -> int:
     return int(shapes[0][0])
 
 
-def chunks(batch: Any, size: int) -> Iterator[Any]:
-    """Consecutive parts of a batch, of `size` samples each; the last may be smaller."""
-    total = batch_size(batch)
-    return (_part(batch, start, start + size) for start in range(0, total, size))
-
-
-def first_part(batch: Any, fraction: float) -> Any:
-    """The first `fraction` of a batch's samples, rounded up."""
+def _first(batch: Any, fraction: float) -> Any:
     return _part(batch, 0, math.ceil(fraction * batch_size(batch)))
 
 

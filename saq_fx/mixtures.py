@@ -86,7 +86,7 @@ class MixtureQuantizer(nn.Module):
             and x.is_cpu
             and x.dtype == level.dtype
             and x.dtype in (torch.float, torch.double)
-            and level.dim() == 0
+            and level.numel() == 1
         )
 
     def _mix_by_blocks(self, x: Tensor) -> Tensor:
@@ -94,12 +94,12 @@ class MixtureQuantizer(nn.Module):
         for quantizer in quantizers:
             if not quantizer.initialized:
                 quantizer.initialize(x.detach())
-        levels = torch.stack([quantizer.guarded_level() for quantizer in quantizers])
+        levels = torch.cat([quantizer.guarded_level() for quantizer in quantizers])
         if getattr(quantizers[0], "normalize", False):
             x, std = centered(x)
             levels = levels * std
         offset = getattr(quantizers[0], "offset", None)
-        offsets = None if offset is None else torch.stack([quantizer.offset for quantizer in quantizers])
+        offsets = None if offset is None else torch.cat([quantizer.offset for quantizer in quantizers])
         grids = tuple(_Grid.of(quantizer) for quantizer in quantizers)
         mixed: Tensor = _Mix.apply(x, self.probabilities(), levels, offsets, grids)
         return mixed

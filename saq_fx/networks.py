@@ -65,7 +65,8 @@ class InvertedResidual(nn.Module):
         out = F.relu6(self.bn1(self.expand(x)))
         out = F.relu6(self.bn2(self.depthwise(out)))
         out = self.bn3(self.project(out))
-        return x + out if self.has_shortcut else out
+        result: Tensor = x + out if self.has_shortcut else out
+        return result
 
 
 class SmallMobileNet(nn.Module):
@@ -109,7 +110,8 @@ class TransformerBlock(nn.Module):
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value)
         x = x + self.project(attended.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        result: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return result
 
 
 class SmallViT(nn.Module):

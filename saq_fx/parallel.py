@@ -68,7 +68,7 @@ class Workers:
             flat = torch.cat([tensor.flatten() for tensor in group])
             dist.all_reduce(flat, group=self.group)
             flat /= dist.get_world_size(self.group)
-            parts = flat.split([tensor.numel() for tensor in group])
+            parts = torch.split(flat, [tensor.numel() for tensor in group])
             torch._foreach_copy_(group, [part.view_as(each) for part, each in zip(parts, group, strict=True)])
 
     @torch.no_grad()

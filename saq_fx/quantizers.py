@@ -325,7 +325,7 @@ class ClipActivationQuantizer(Quantizer):
         """One level for the tensor."""
         rows = _rows(x, self.clipping_level, 0)
         levels = _fit_level(rows.clamp_min(0), method, lambda level: clip_activation(rows, level, self.bits), rows)
-        self.clipping_level.copy_(levels.reshape(()))
+        self.clipping_level.copy_(levels.reshape(self.clipping_level.shape))
 
 
 class StepQuantizer(Quantizer):
@@ -390,7 +390,8 @@ def _checked_bits(bits: int) -> int:
 
 
 def _ones(channels: int | None, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    return torch.ones(() if channels is None else (channels,), device=device, dtype=dtype)
+    # One level has an axis too: sharding (FSDP2) refuses parameters without.
+    return torch.ones(channels or 1, device=device, dtype=dtype)
 
 
 def centered(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,14 +405,14 @@ def centered(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _per_channel(level: Tensor, x: Tensor, axis: int) -> Tensor:
-    if level.dim() == 0:
+    if level.numel() == 1:
         return level
     return level.reshape([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
 
 
 def _rows(x: Tensor, level: Tensor, axis: int) -> Tensor:
     """(levels, elements that share one), evenly thinned out where they are many."""
-    rows = x.reshape(1, -1) if level.dim() == 0 else x.movedim(axis, 0).flatten(1)
+    rows = x.reshape(1, -1) if level.numel() == 1 else x.movedim(axis, 0).flatten(1)
     stride = max(1, x.numel() // _INITIALISATION_SAMPLES)
     return rows[:, ::stride].to(level.dtype)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,31 @@ def perturbed(parameters: Tensors, directions: Tensors, scale: float) -> Iterato
         # Subtracting what was added would leave rounding errors.
         with torch.no_grad():
             torch._foreach_copy_(parameters, saved)
+
+
+class Ascent(NamedTuple):
+    """What a perturbation moves: leaves of quantized weights and, in place, parameters; where to, and its norm."""
+
+    deltas: list[Tensor]
+    directions: list[Tensor]
+    in_place: list[Tensor]
+    in_place_directions: list[Tensor]
+    norm: float
+
+    @contextmanager
+    def climbed(self, rho: float) -> Iterator[None]:
+        """Inside, everything is moved to the distance rho; on leaving, parameters are back, bit for bit."""
+        scale = ascent_scale(self.norm, rho)
+        if self.deltas:
+            torch._foreach_add_(self.deltas, self.directions, alpha=scale)
+        with perturbed(self.in_place, self.in_place_directions, scale):
+            yield
+
+
+def scaled_by_size(gradients: Tensors, values: Tensors) -> tuple[list[Tensor], float]:
+    """`v**2 g` and `||v g||`, of gradients g at values v (ASAM, ICML 2021, Eq. 8)."""
+    scaled = torch._foreach_mul(gradients, values)
+    return list(torch._foreach_mul(scaled, values)), float(global_norm(scaled))
 
 
 @contextmanager

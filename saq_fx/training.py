@@ -2,19 +2,18 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from saq_fx.batching import batch_size, chunks, first_part
+from saq_fx.batching import Chunk, cut
 from saq_fx.errors import CheckpointError, TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.parallel import Workers, local
@@ -28,12 +27,12 @@ from saq_fx.passes.insert_perturbations import (
     zero_deltas,
 )
 from saq_fx.sharpness import (
+    Ascent,
     RandomState,
-    ascent_scale,
     global_norm,
     inner_product,
-    perturbed,
     preserve_buffers,
+    scaled_by_size,
 )
 
 LOSSES = ("both", "vanilla", "perturbed")
@@ -61,33 +60,6 @@ class StepStatistics:
     def second_pass(self) -> bool:
         """Whether a second forward and backward pass ran."""
         return self.perturbed_loss is not None
-
-
-class _Chunk(NamedTuple):
-    """A part of the batch: its loss in the first pass and in the second, and its share of the samples."""
-
-    first: Callable[[], Tensor]
-    second: Callable[[], Tensor]
-    share: float
-
-
-class _Ascent(NamedTuple):
-    """What a perturbation moves: leaves of quantized weights and, in place, parameters; where to, and its norm."""
-
-    deltas: list[Tensor]
-    directions: list[Tensor]
-    in_place: list[Tensor]
-    in_place_directions: list[Tensor]
-    norm: float
-
-    @contextmanager
-    def climbed(self, rho: float) -> Iterator[None]:
-        """Inside, everything is moved to the distance rho; on leaving, parameters are back, bit for bit."""
-        scale = ascent_scale(self.norm, rho)
-        if self.deltas:
-            torch._foreach_add_(self.deltas, self.directions, alpha=scale)
-        with perturbed(self.in_place, self.in_place_directions, scale):
-            yield
 
 
 class SAQ(Optimizer):
@@ -205,7 +177,7 @@ class SAQ(Optimizer):
             TrainingError: the closure returned no loss, or one that no trained parameter has a part in; the batch
                 cannot be cut.
         """
-        parts = self._cut(closure, batch)
+        parts = cut(closure, batch, self.chunk_size, self.second_pass_fraction)
         self._steps += 1
         two_passes = self.losses != "vanilla" and self._steps % self.period == 0
         self.last_step = self._two_passes(parts) if two_passes else self._one_pass(parts)
@@ -213,25 +185,6 @@ class SAQ(Optimizer):
             self._count_skipped(self.last_step)
         self._update(self.last_step.skipped)
         return self.last_step.loss
-
-    def _cut(self, closure: Callable[..., Tensor], batch: tuple[Any, ...]) -> list[_Chunk]:
-        whole = partial(closure, *batch)
-        if self.chunk_size is None and self.second_pass_fraction == 1:
-            return [_Chunk(whole, whole, 1.0)]
-        if not batch:
-            raise TrainingError(
-                "chunk_size and second_pass_fraction cut the batch, which step() therefore needs: "
-                "opt.step(lambda x, y: loss_fn(gm(x), y), x, y)"
-            )
-        total = batch_size(batch)
-        return [
-            _Chunk(
-                partial(closure, *part),
-                partial(closure, *first_part(part, self.second_pass_fraction)),
-                batch_size(part) / total,
-            )
-            for part in chunks(batch, self.chunk_size or total)
-        ]
 
     def _update(self, skipped: bool) -> None:
         """Steps the base optimizer; the scaler of float16 losses also learns of steps that are skipped."""
@@ -278,7 +231,7 @@ class SAQ(Optimizer):
         """The global norm of gradients of parameters, of which this worker may hold shards."""
         return float(self._workers.sum_of_shards(global_norm(gradients) ** 2) ** 0.5)
 
-    def _one_pass(self, parts: list[_Chunk]) -> StepStatistics:
+    def _one_pass(self, parts: list[Chunk]) -> StepStatistics:
         """A step without a second pass: g_s is put together from g and the last g_v."""
         factor = 2.0 if self.losses == "both" else 1.0  # g_s + g holds g twice
         self.zero_grad()
@@ -299,7 +252,7 @@ class SAQ(Optimizer):
             torch._foreach_add_([_gradient(parameter) for parameter in reused], directions, alpha=scale)
         return StepStatistics(loss, norm / self._loss_scale)
 
-    def _two_passes(self, parts: list[_Chunk]) -> StepStatistics:
+    def _two_passes(self, parts: list[Chunk]) -> StepStatistics:
         """A step with both passes, for each part of the batch; g and g_s are their sums."""
         memory, self._kept, self._kept_norm = self._kept, {}, 0.0
         vanilla, sharp = self._kept, dict[Tensor, Tensor]()
@@ -368,7 +321,7 @@ class SAQ(Optimizer):
             return []
         return [weight.quantized() for weight in self._weights]
 
-    def _ascent(self, parameters: list[nn.Parameter], leaves: list[tuple[Tensor, Tensor]]) -> "_Ascent":
+    def _ascent(self, parameters: list[nn.Parameter], leaves: list[tuple[Tensor, Tensor]]) -> Ascent:
         """What is perturbed, and where to, from the gradients at hand."""
         trained = set(parameters)
         active = [not trained.isdisjoint(weight.parameters) for weight in self._weights]
@@ -380,11 +333,11 @@ class SAQ(Optimizer):
             self._workers.average(directions)
         if self.adaptive:
             values = [weight.value() for weight in compress(self._weights, active)] + moved
-            directions, norm = _scaled_by_size(directions + in_place_directions, values)
+            directions, norm = scaled_by_size(directions + in_place_directions, values)
             directions, in_place_directions = directions[: len(deltas)], directions[len(deltas) :]
         else:
             norm = math.hypot(float(global_norm(directions)), self._norm(in_place_directions))
-        return _Ascent(deltas, directions, moved, in_place_directions, norm)
+        return Ascent(deltas, directions, moved, in_place_directions, norm)
 
     def _is_perturbed_in_place(self, parameter: nn.Parameter) -> bool:
         return parameter not in self._behind_quantizer and self._kinds[parameter] in ("weight", *self.perturb)
@@ -452,12 +405,6 @@ def _add(totals: dict[Tensor, Tensor], parameters: list[nn.Parameter], memory: d
         copies = [memory.get(p, torch.empty_like(g)) for p, g in zip(new, gradients, strict=True)]
         torch._foreach_copy_(copies, gradients)
         totals.update(zip(new, copies, strict=True))
-
-
-def _scaled_by_size(gradients: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], float]:
-    """`v**2 g` and `||v g||`, of gradients g at values v (ASAM, ICML 2021, Eq. 8)."""
-    scaled = torch._foreach_mul(gradients, values)
-    return list(torch._foreach_mul(scaled, values)), float(global_norm(scaled))
 
 
 def _all_finite(norm: float, loss: Tensor) -> bool:

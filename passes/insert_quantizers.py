@@ -39,7 +39,7 @@ class InsertQuantizers(Pass):
         for node, layer in list(layers(gm)):
             layer = update(node, activation_signed=signed.get(layer.name, layer.activation_signed))
             if layer.input_quantizer is None and not layer.reads_network_input:
-                make = _activation_quantizer_maker(layer, scheme, layer.activation_signed)
+                make = _activation_quantizer_maker(layer, scheme, layer.activation_signed, self.recipe)
                 _insert(gm, node, layer, layer.activation_operand, "input_quantizer", make)
                 modified = True
             if layer.weight_quantizer is None:
@@ -66,7 +66,7 @@ def _signed_overrides(gm: SaqGraphModule, recipe: Recipe) -> dict[str, bool]:
 
 def _insert_second(gm: SaqGraphModule, node: fx.Node, layer: LayerAnnotation, scheme: str, recipe: Recipe) -> None:
     if layer.is_product:
-        make = _activation_quantizer_maker(layer, scheme, layer.weight_signed)
+        make = _activation_quantizer_maker(layer, scheme, layer.weight_signed, recipe)
         _insert(gm, node, layer, layer.weight_operand, "other_quantizer", make)
         return
     weight: fx.Node = node.args[layer.weight_operand]  # type: ignore[assignment]
@@ -105,10 +105,10 @@ def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
 QuantizerMaker = Callable[[torch.device | None, torch.dtype | None], Quantizer]
 
 
-def _activation_quantizer_maker(layer: LayerAnnotation, scheme: str, signed: bool) -> QuantizerMaker:
+def _activation_quantizer_maker(layer: LayerAnnotation, scheme: str, signed: bool, recipe: Recipe) -> QuantizerMaker:
     bits = _precision(layer)[1]
-    if signed:
-        return lambda device, dtype: StepQuantizer(bits, signed=True, offset=True, device=device, dtype=dtype)
+    if signed or recipe.activation_offsets:
+        return lambda device, dtype: StepQuantizer(bits, signed=signed, offset=True, device=device, dtype=dtype)
     if scheme == "lsq":
         return lambda device, dtype: StepQuantizer(bits, signed=False, device=device, dtype=dtype)
     return lambda device, dtype: ClipActivationQuantizer(bits, device=device, dtype=dtype)

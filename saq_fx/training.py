@@ -26,6 +26,8 @@ from saq_fx.passes.insert_perturbations import (
     perturbed_weights,
     zero_deltas,
 )
+from saq_fx.precision import FLOAT_BITS
+from saq_fx.quantizers import Quantizer
 from saq_fx.sharpness import (
     Ascent,
     RandomState,
@@ -120,6 +122,7 @@ class SAQ(Optimizer):
         _check_options(rho, case, period, beta, losses, perturb)
         _check_cuts(chunk_size, second_pass_fraction, max_gradient_norm)
         self._module, self._kinds, self._workers = gm, parameter_kinds(gm), Workers.of(gm)
+        self._check_levels()
         if adaptive and self._workers.sharded:
             raise TrainingError("adaptive=True needs whole weights: it does not work with sharded parameters (FSDP2)")
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
@@ -140,6 +143,15 @@ class SAQ(Optimizer):
             Pipeline((InsertPerturbations(case),)).run(graph)
         self._weights = [weight for graph in graphs for weight in perturbed_weights(graph)]
         self._behind_quantizer = {parameter for weight in self._weights for parameter in weight.parameters}
+
+    def _check_levels(self) -> None:
+        for name, module in self._module.named_modules():
+            unset = isinstance(module, Quantizer) and not module.initialized and module.bits != FLOAT_BITS
+            if unset and self._workers.several:
+                raise TrainingError(
+                    f"the clipping level of {name} is not set, and workers would set different ones: run "
+                    "saq_fx.calibrate(gm, batches) before the graph is wrapped"
+                )
 
     def _share_state(self) -> None:
         self.param_groups = self.base_optimizer.param_groups

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
-    0: "errors precision recipe quantizers mixtures sharpness allocation batching parallel parameters",
+    0: "errors precision recipe quantizers mixtures sharpness allocation batching parallel parameters"
+    " training_recipe distillation",
     1: "annotation attention dataflow graph modes operators pass_base rewriting shapes symbolic tracing",
     2: "cost report plots",
     3: "training",

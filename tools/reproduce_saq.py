@@ -30,6 +30,7 @@ from saq_fx.demo import accuracy
 from saq_fx.graph import SaqGraphModule
 from saq_fx.networks import SmallMobileNet, SmallResNet, SmallViT
 from saq_fx.parameters import parameter_groups
+from saq_fx.pass_base import Pipeline
 from saq_fx.passes.insert_perturbations import InsertPerturbations, perturbed_weights, zero_deltas
 from saq_fx.precision import write_whole
 from saq_fx.prepare import prepare_saq
@@ -51,6 +52,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "case 3": {"case": 3, **EVERY_STEP},
     "case 3, perturbed loss alone": {"losses": "perturbed", **EVERY_STEP},
     "case 3, period 4": {"period": 4},
+    "case 3, period 4, second pass on half": {"period": 4, "second_pass_fraction": 0.5},
+    "case 2, a tenth of the radius": {"case": 2, "radius_factor": 0.1, **EVERY_STEP},
+    "case 3, a tenth of the radius": {"case": 3, "radius_factor": 0.1, **EVERY_STEP},
 }
 
 
@@ -142,9 +146,12 @@ class Bench:
             self.floats[seed, rho] = model
         return self.floats[seed, rho]
 
-    def quantized(self, bits: str, rho: float, seed: int, flat: float, options: dict[str, Any]) -> tuple[Any, float]:
-        """A quantized model, trained, and its processor seconds per step."""
+    def quantized(
+        self, bits: str, rho: float, seed: int, flat: float, options: dict[str, Any]
+    ) -> tuple[SaqGraphModule, dict[str, float]]:
+        """A quantized model, trained, and what its training took."""
         options = dict(options)
+        rho *= options.pop("radius_factor", 1)
         lr = self.setting.lr * options.pop("lr_factor", 1)
         model = self.float_model(seed, flat if options.pop("flat_start", False) else 0.0)
         training = self.images()[0]
@@ -190,25 +197,28 @@ class Bench:
                     )
 
 
-def train(model: nn.Module, optimizer: SAQ, training: Images, epochs: int, seed: int) -> float:
-    """Cross-entropy under a cosine schedule; processor seconds per step."""
+def train(model: nn.Module, optimizer: SAQ, training: Images, epochs: int, seed: int) -> dict[str, float]:
+    """Cross-entropy under a cosine schedule. Returns processor seconds per step, and how many weights case 2 moved."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(seed)
     model.train()
-    steps, start = 0, time.process_time()
+    seconds, shares = [], []
     for _ in range(epochs):
         for x, y in training.batches(BATCH, generator):
-            optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))  # type: ignore[misc]
-            steps += 1
+            start = time.process_time()
+            optimizer.step(lambda x, y: F.cross_entropy(model(x), y), x, y)
+            seconds.append(time.process_time() - start)
+            if optimizer.last_step is not None and optimizer.last_step.moved_share is not None:
+                shares.append(optimizer.last_step.moved_share)
         schedule.step()
-    return (time.process_time() - start) / steps
+    moved = {"moved_share": statistics.mean(shares)} if shares else {}
+    return {"step_seconds": statistics.mean(seconds), **moved}
 
 
-def measured(gm: SaqGraphModule, seconds: float, training: Images, test: Images) -> dict[str, float]:
+def measured(gm: SaqGraphModule, taken: dict[str, float], training: Images, test: Images) -> dict[str, float]:
     """Accuracy on the test images; sharpness on the training images, with respect to the quantized weights."""
-    result = {"accuracy": accuracy(gm, test), "step_seconds": seconds}
-    InsertPerturbations(case=3).run(gm)
-    gm.recompile()
+    result = {"accuracy": accuracy(gm, test), **taken}
+    Pipeline((InsertPerturbations(case=3),)).run(gm)
     gm.eval()
 
     def loss(batch: Images) -> Tensor:
@@ -232,7 +242,7 @@ def mean_and_deviation(values: Iterable[float], digits: int = 1) -> str:
 def table(results: Results) -> str:
     """One network's runs as a markdown table, one row per bit-width and method."""
     grouped: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
-    for key, run in results.runs.items():
+    for key, run in sorted(results.runs.items(), key=lambda item: position(item[0])):
         if not key.startswith("choosing"):
             method, bits, rho, seed = key.split("|")
             grouped.setdefault((bits, method, rho), {})[seed] = run
@@ -241,6 +251,7 @@ def table(results: Results) -> str:
         control = grouped.get((bits, "plain QAT, twice the learning rate", rho), {})
         ahead = [run["accuracy"] - control[seed]["accuracy"] for seed, run in runs.items() if seed in control]
         quantized = [run for run in runs.values() if "lambda_max" in run]
+        moved = [run["moved_share"] for run in runs.values() if "moved_share" in run]
         rows.append(
             (
                 bits or "float",
@@ -251,13 +262,20 @@ def table(results: Results) -> str:
                 mean_and_deviation((run["lambda_max"] for run in quantized), 2) if quantized else "",
                 mean_and_deviation((run["gap"] for run in quantized), 3) if quantized else "",
                 mean_and_deviation(1e3 * run["step_seconds"] for run in quantized) if quantized else "",
+                mean_and_deviation(100 * each for each in moved) if moved else "",
             )
         )
     headers = (
         "bits", "method", "seeds", "test accuracy, %", "against twice the rate", "lambda_max", f"gap at {GAP_RADIUS}",
-        "ms per step",
+        "ms per step", "moved, %",
     )  # fmt: skip
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def position(key: str) -> int:
+    """A run's place in the table."""
+    order = ["choosing", "float", "float, by SAM", *METHODS]
+    return order.index(key.split("|")[0])
 
 
 def standard_error(differences: list[float]) -> str:

@@ -53,6 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "case 3, perturbed loss alone": {"losses": "perturbed", **EVERY_STEP},
     "case 3, period 4": {"period": 4},
     "case 3, period 4, second pass on half": {"period": 4, "second_pass_fraction": 0.5},
+    "case 3, period 4, second pass on a quarter": {"period": 4, "second_pass_fraction": 0.25},
     "case 2, a tenth of the radius": {"case": 2, "radius_factor": 0.1, **EVERY_STEP},
     "case 3, a tenth of the radius": {"case": 3, "radius_factor": 0.1, **EVERY_STEP},
 }

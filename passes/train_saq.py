@@ -309,7 +309,8 @@ class _Run:
 def _accelerator(mixed_precision: str | None) -> Any:
     if Accelerator is None:
         raise MissingExtraError("training needs accelerate: pip install 'saq_fx[train]'")
-    return Accelerator(mixed_precision=mixed_precision)
+    # On CPUs it would otherwise leave the processes of torchrun to train alone.
+    return Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
 
 
 def _base_optimizer(recipe: TrainingRecipe, gm: nn.Module) -> torch.optim.Optimizer:

@@ -291,3 +291,58 @@ def test_the_papers_settings() -> None:
     assert (vit.optimizer, vit.lr, vit.epochs, vit.rho) == ("AdamW", 2e-4, 150, 0.01)
     with pytest.raises(TrainingError, match="no settings for 'vgg16' at 4 bits; it has resnet18 at 2"):
         paper_recipe("vgg16", 4)
+
+
+PARALLEL_SCRIPT = """
+import sys, torch
+from pathlib import Path
+from tests.passes.test_train_saq import RECIPE, in_order, without_dropout
+from saq_fx.passes.train_saq import TrainSaq
+torch.set_num_threads(1)
+gm = without_dropout()
+folder = Path(sys.argv[1])
+TrainSaq(in_order(), recipe=RECIPE, folder=folder, checkpoint_every=2).run(gm)
+rank = torch.distributed.get_rank()
+torch.save(gm.state_dict(), folder / f"end{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def in_order() -> DataLoader[Any]:
+    return DataLoader(images(48), batch_size=8)
+
+
+def without_dropout() -> SaqGraphModule:
+    torch.manual_seed(1)
+    model = network()
+    model[3] = nn.Identity()  # type: ignore[operator]
+    return prepare_saq(model, example_inputs=digits(20)[0].x, precision="W3A3")
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one_on_their_batches_together(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    script = tmp_path / "train.py"
+    script.write_text(PARALLEL_SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path)], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not counted: none") == 1, "the table is printed once"
+    first, second = (torch.load(tmp_path / f"end{rank}.pt") for rank in (0, 1))
+
+    alone = without_dropout()
+    alone.train()
+    opt = SAQ(alone, torch.optim.SGD(parameter_groups(alone, 1e-4), 0.02, momentum=0.9), 0.2, period=2, chunk_size=8)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 9)
+    batches = list(in_order())
+    for _ in range(3):
+        for (x, y), (other_x, other_y) in zip(batches[::2], batches[1::2], strict=True):
+            both = torch.cat([x, other_x]), torch.cat([y, other_y])
+            opt.step(lambda x, y: F.cross_entropy(alone(x), y), *both)
+            schedule.step()
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], parameter.data, rtol=1e-4, atol=1e-6, msg=name)

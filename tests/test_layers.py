@@ -15,7 +15,7 @@ LAYERS = {
     1: "annotation attention dataflow graph modes operators pass_base rewriting shapes symbolic tracing",
     2: "cost report plots",
     3: "training",
-    4: "__init__ prepare search checkpoint data models networks cli demo",
+    4: "__init__ prepare search checkpoint data models networks cli demo train_command",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # What a module must work, and be tested, without.

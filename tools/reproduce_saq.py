@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saq_fx.data import Images, digits
-from saq_fx.demo import accuracy
+from saq_fx.data import Images, accuracy, digits
 from saq_fx.graph import SaqGraphModule
 from saq_fx.networks import SmallMobileNet, SmallResNet, SmallViT
 from saq_fx.parameters import parameter_groups
@@ -174,11 +174,14 @@ class Bench:
     def run(self, seeds: int) -> None:
         """All methods, bit-widths and seeds."""
         training, choosing, test = self.images()
-        flat = self.best_radius("float", lambda rho, seed: accuracy(self.float_model(seed, rho), choosing))
+        chosen_on = partial(choosing.batches, BATCH)
+        flat = self.best_radius("float", lambda rho, seed: accuracy(self.float_model(seed, rho), chosen_on()))
         radii = {
             bits: self.best_radius(
                 bits,
-                lambda rho, seed, b=bits: accuracy(self.quantized(b, rho, seed, 0.0, EVERY_STEP)[0], choosing),  # type: ignore[misc]
+                lambda rho, seed, b=bits: accuracy(
+                    self.quantized(b, rho, seed, 0.0, EVERY_STEP)[0], choosing.batches(BATCH)
+                ),  # type: ignore[misc]
             )
             for bits in BITS
         }
@@ -186,7 +189,7 @@ class Bench:
             for rho, name in ((0.0, "float"), (flat, "float, by SAM")):
                 self.results.get(
                     f"{name}||{rho}|{seed}",
-                    lambda r=rho, s=seed: {"accuracy": accuracy(self.float_model(s, r), test)},  # type: ignore[misc]
+                    lambda r=rho, s=seed: {"accuracy": accuracy(self.float_model(s, r), test.batches(BATCH))},  # type: ignore[misc]
                 )
             for bits, rho in radii.items():
                 for method, options in METHODS.items():
@@ -218,7 +221,7 @@ def train(model: nn.Module, optimizer: SAQ, training: Images, epochs: int, seed:
 
 def measured(gm: SaqGraphModule, taken: dict[str, float], training: Images, test: Images) -> dict[str, float]:
     """Accuracy on the test images; sharpness on the training images, with respect to the quantized weights."""
-    result = {"accuracy": accuracy(gm, test), **taken}
+    result = {"accuracy": accuracy(gm, test.batches(BATCH)), **taken}
     Pipeline((InsertPerturbations(case=3),)).run(gm)
     gm.eval()
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -38,6 +40,7 @@ except ImportError:  # told when a run begins
     Accelerator = None
 
 Batch = tuple[ExampleInputs, Any]
+_LOWER_TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batches(Protocol):
@@ -90,6 +93,8 @@ class TrainSaq(Pass):
             raise TrainingError("batches must have a length, as lists and data loaders do: the schedule depends on it")
         if bool(self.recipe.distillation) != (self.teacher is not None):
             raise TrainingError("distillation takes both: a teacher, and its weight in the recipe (distillation=...)")
+        if self.mixed_precision not in (None, *_LOWER_TYPES):
+            raise TrainingError(f"mixed_precision is one of {', '.join(_LOWER_TYPES)}, not {self.mixed_precision!r}")
         if self.checkpoint_every < 1:
             raise TrainingError(f"checkpoint_every must be a number of steps, at least 1, not {self.checkpoint_every}")
 
@@ -114,8 +119,11 @@ class _Run:
     def __init__(self, options: TrainSaq, gm: SaqGraphModule) -> None:
         recipe = options.recipe
         self.options, self.gm = options, gm
-        self.accelerator = _accelerator(options.mixed_precision)
+        self.accelerator = _accelerator()
         self.device = self.accelerator.device
+        # Not through accelerate, where the first choice in a process is the last.
+        self.lower_type = _LOWER_TYPES[options.mixed_precision or self.accelerator.mixed_precision]
+        self.scaler = GradScaler(self.device.type) if self.lower_type is torch.float16 else None
         gm.to(self.device).train()
         several = self.accelerator.num_processes > 1
         if several:
@@ -123,7 +131,7 @@ class _Run:
         devices = [self.device] if several and self.device.type == "cuda" else None
         module = DistributedDataParallel(gm, device_ids=devices) if several else gm
         base = _base_optimizer(recipe, gm)
-        self.optimizer = SAQ(module, base, **recipe.saq_options(), grad_scaler=self.accelerator.scaler)
+        self.optimizer = SAQ(module, base, **recipe.saq_options(), grad_scaler=self.scaler)
         self.forward: Callable[..., Any] = torch.compile(module) if options.compile else module
         self.batches = self.accelerator.prepare_data_loader(options.batches) if several else options.batches
         self.teacher = None if options.teacher is None else options.teacher.to(self.device).eval()
@@ -200,18 +208,22 @@ class _Run:
         self.step += 1
         return loss
 
+    def _autocast(self) -> AbstractContextManager[Any]:
+        lower = self.lower_type
+        return nullcontext() if lower is None else torch.autocast(self.device.type, lower)
+
     def _teach(self, inputs: ExampleInputs) -> Tensor | None:
         """The teacher's outputs, once for both passes."""
         if self.teacher is None:
             return None
         args, kwargs = split_inputs(inputs)
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self._autocast():
             return cast("Tensor", self.teacher(*args, **kwargs))
 
     def _loss(self, inputs: ExampleInputs, targets: Any, taught: Tensor | None) -> Tensor:
         args, kwargs = split_inputs(inputs)
         recipe = self.options.recipe
-        with self.accelerator.autocast():
+        with self._autocast():
             outputs = self.forward(*args, **kwargs)
             loss = self.options.loss_fn(outputs, targets)
             if taught is None:
@@ -248,7 +260,6 @@ class _Run:
         random_states = gather_object([(self.epoch_random, self._random_states())])
         if not self.accelerator.is_main_process:
             return
-        scaler = self.accelerator.scaler
         state = {
             "recipe": repr(self.options.recipe),
             "steps": self.total,
@@ -256,7 +267,7 @@ class _Run:
             "model": self.gm.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "random": random_states,
         }
         file = io.BytesIO()
@@ -281,8 +292,8 @@ class _Run:
             raise CheckpointError(f"{self._file} is of another model: {error}") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.epoch_random, current = state["random"][self.accelerator.process_index]
         self._restore(current)
@@ -306,11 +317,11 @@ class _Run:
             torch.cuda.set_rng_state(of_device, self.device)
 
 
-def _accelerator(mixed_precision: str | None) -> Any:
+def _accelerator() -> Any:
     if Accelerator is None:
         raise MissingExtraError("training needs accelerate: pip install 'saq_fx[train]'")
     # On CPUs it would otherwise leave the processes of torchrun to train alone.
-    return Accelerator(mixed_precision=mixed_precision, cpu=not torch.accelerator.is_available())
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 def _base_optimizer(recipe: TrainingRecipe, gm: nn.Module) -> torch.optim.Optimizer:

@@ -227,6 +227,26 @@ def test_any_optimizer_of_torch_trains_it(name: str) -> None:
     assert not torch.equal(gm.get_parameter("0.weight"), before.get_parameter("0.weight"))
 
 
+@pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
+def test_lower_types_train_it_and_resume(tmp_path: Path, mixed_precision: str) -> None:
+    start, gm = float_loss(prepared()), prepared()
+    with pytest.raises(Stopped):
+        TrainSaq(loader(), StopsAt(9), RECIPE, None, tmp_path, 2, mixed_precision).run(gm)
+    resumed = prepared()
+    TrainSaq(loader(), F.cross_entropy, RECIPE, None, tmp_path, 2, mixed_precision).run(resumed)
+    straight = prepared()
+    TrainSaq(loader(), F.cross_entropy, RECIPE, mixed_precision=mixed_precision).run(straight)
+    assert_equal_states(resumed, straight)
+    assert all(parameter.dtype == torch.float32 for parameter in resumed.parameters())
+    assert float_loss(resumed) < start
+
+
+def float_loss(gm: SaqGraphModule) -> float:
+    x, y = images().tensors
+    with torch.no_grad():
+        return float(F.cross_entropy(gm.train()(x), y))
+
+
 class Unsized:
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -247,6 +267,8 @@ def test_misuse_is_named(tmp_path: Path) -> None:
         TrainSaq(Unsized())  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="distillation takes both"):
         TrainSaq(loader(), teacher=network())
+    with pytest.raises(TrainingError, match="mixed_precision is one of no, bf16, fp16, not 'int8'"):
+        TrainSaq(loader(), mixed_precision="int8")
     with pytest.raises(TrainingError, match="checkpoint_every must be"):
         TrainSaq(loader(), checkpoint_every=0)
     with pytest.raises(TrainingError, match="no optimizer 'Sgd'"):

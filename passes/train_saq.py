@@ -33,12 +33,6 @@ from saq_fx.tracing import ExampleInputs, split_inputs
 from saq_fx.training import SAQ
 from saq_fx.training_recipe import TrainingRecipe
 
-try:
-    from accelerate import Accelerator
-    from accelerate.utils import gather_object, send_to_device
-except ImportError:  # told when a run begins
-    Accelerator = None
-
 Batch = tuple[ExampleInputs, Any]
 _LOWER_TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -144,6 +138,8 @@ class _Run:
         """Fits levels that are not set yet; all workers then get the first one's, with its parameters."""
         if not isinstance(self.options.batches, DataLoader):
             raise TrainingError("several processes share out the batches of a DataLoader, which batches is not")
+        from accelerate.utils import send_to_device
+
         inputs, _ = send_to_device(next(iter(self.options.batches)), self.device)
         args, kwargs = split_inputs(inputs)
         with evaluating(self.gm):
@@ -179,6 +175,8 @@ class _Run:
 
     def _batches_left(self) -> Iterator[Batch]:
         """The batches from the current step on, on the device; an epoch's earlier ones are drawn and left out."""
+        from accelerate.utils import send_to_device
+
         per_epoch = len(self.batches)
         resumed = self._random_states() if self.step % per_epoch else None
         while self.step < self.total:
@@ -257,6 +255,8 @@ class _Run:
         """Writes the checkpoint, whole or not at all."""
         if self._file is None:
             return
+        from accelerate.utils import gather_object
+
         random_states = gather_object([(self.epoch_random, self._random_states())])
         if not self.accelerator.is_main_process:
             return
@@ -318,8 +318,10 @@ class _Run:
 
 
 def _accelerator() -> Any:
-    if Accelerator is None:
-        raise MissingExtraError("training needs accelerate: pip install 'saq_fx[train]'")
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise MissingExtraError("training needs accelerate: pip install 'saq_fx[train]'") from error
     # On CPUs it would otherwise leave the processes of torchrun to train alone.
     return Accelerator(cpu=not torch.accelerator.is_available())
 

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from saq_fx.errors import TrainingError
 from saq_fx.parallel import Workers
-from saq_fx.prepare import prepare_saq
+from saq_fx.precision import Policy
+from saq_fx.prepare import apply_policy, prepare_saq
 from saq_fx.training import SAQ
 from tests.test_training import RHO, Reference, assert_same, batch, loss_of, prepared
 
@@ -150,6 +151,15 @@ def lone_process(tmp_path: Path) -> Any:
     dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("lone_process")
+def test_levels_that_workers_would_set_by_themselves_are_refused() -> None:
+    gm = prepared()
+    apply_policy(gm, Policy({"conv": "W2A4"}))
+    wrapped = DistributedDataParallel(gm)
+    with pytest.raises(TrainingError, match=r"level of module\.conv\..* is not set.*calibrate\(gm, batches\)"):
+        SAQ(wrapped, torch.optim.SGD(wrapped.parameters(), 0.1))
 
 
 @pytest.mark.usefixtures("lone_process")

@@ -88,7 +88,7 @@ VIT_RADII = (0.02, 0.05, 0.1, 0.3)
 SETTINGS = {
     "resnet": Setting(SmallResNet, 300, sgd, 0.1, 40, 0.02, 40, CNN_RADII),
     "mobilenet": Setting(SmallMobileNet, 300, sgd, 0.1, 40, 0.02, 40, CNN_RADII),
-    "vit": Setting(SmallViT, 700, adamw, 3e-3, 40, 1e-3, 30, VIT_RADII),
+    "vit": Setting(SmallViT, 700, adamw, 3e-3, 40, 1e-3, 20, VIT_RADII),
 }
 
 

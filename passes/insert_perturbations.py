@@ -133,6 +133,11 @@ class PerturbedWeight:
         """The quantized weight as it is now: in case 2, of the weight with its delta."""
         return _value(self.graph_module, self.quantizer)
 
+    def codes(self) -> Tensor:
+        """The integers that stand for the quantized weight as it is now."""
+        quantizer: Any = self.graph_module.get_submodule(str(self.quantizer.target))
+        return cast("Tensor", quantizer.codes(_value(self.graph_module, self.quantizer.all_input_nodes[0])))
+
     def value(self) -> Tensor:
         """The tensor whose gradient defines the perturbation: the quantized weight in case 3, else the weight."""
         case = record_of(self.graph_module).perturbation_case or 0
@@ -186,7 +191,7 @@ def _value(gm: SaqGraphModule, node: fx.Node) -> Tensor:
 
 
 def moved_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
-    """Share of the elements that differ between two lists of quantized weights; None of empty lists."""
+    """Share of the elements that differ between two lists of codes; None of empty lists."""
     if not before:
         return None
     moved = torch.stack([(a != b).sum() for a, b in zip(before, after, strict=True)]).sum()

@@ -208,6 +208,10 @@ class Quantizer(nn.Module):
         """Quantizes by the current levels."""
         raise NotImplementedError
 
+    def codes(self, x: Tensor) -> Tensor:
+        """The integers that stand for the quantized values, of the shape of `x`."""
+        raise NotImplementedError
+
     def fit(self, x: Tensor, method: str) -> None:
         """Sets the levels from data that is finite and not all zero."""
         raise NotImplementedError
@@ -292,6 +296,14 @@ class ClipWeightQuantizer(Quantizer):
         x, std = centered(x)
         return clip_weight(x, level * std, self.bits)
 
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """0 to 2**bits - 1."""
+        level = _per_channel(self.guarded_level(), x, self.channel_axis)
+        if self.normalize:
+            level = level * centered(x)[1]
+        return ((self.quantize(x) / level + 1) * ((2**self.bits - 1) / 2)).round().int()
+
     def fit(self, x: Tensor, method: str) -> None:
         """One level for the tensor or for each channel."""
         if self.normalize:
@@ -320,6 +332,11 @@ class ClipActivationQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """SAQ Eq. 1-2."""
         return clip_activation(x, self.guarded_level(), self.bits)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """0 to 2**bits - 1."""
+        return (self.quantize(x) / self.guarded_level() * (2**self.bits - 1)).round().int()
 
     def fit(self, x: Tensor, method: str) -> None:
         """One level for the tensor."""
@@ -360,6 +377,14 @@ class StepQuantizer(Quantizer):
             return lsq(x, step, self.bits, self.signed)
         offset = _per_channel(self.offset, x, self.channel_axis)
         return lsq_plus(x, step, offset, self.bits, self.signed)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Within `integer_range`."""
+        quantized = self.quantize(x)
+        if self.offset is not None:
+            quantized = quantized - _per_channel(self.offset, x, self.channel_axis)
+        return (quantized / _per_channel(self.guarded_level(), x, self.channel_axis)).round().int()
 
     def fit(self, x: Tensor, method: str) -> None:
         """One step (and offset) for the tensor or for each channel."""

@@ -281,9 +281,9 @@ class SAQ(Optimizer):
                     self._kept = {}
                     return StepStatistics(loss, ascent.norm / self._loss_scale, skipped=True)
                 _add(vanilla, parameters, memory)
-                before = self._quantized_weights()
+                before = self._weight_codes()
                 with ascent.climbed(self.rho), preserve_buffers(self._module), random_state.replay():
-                    moved = moved_share(before, self._quantized_weights())
+                    moved = moved_share(before, self._weight_codes())
                     self.zero_grad()
                     perturbed_loss = self._backward(part.second, part.share)
             if len(parts) > 1:
@@ -327,11 +327,11 @@ class SAQ(Optimizer):
             self._kept_norm = self._norm(g)
         return statistics
 
-    def _quantized_weights(self) -> list[Tensor]:
-        """The quantized weights, where a perturbation may fail to move them."""
+    def _weight_codes(self) -> list[Tensor]:
+        """The quantized weights in integers, where a perturbation may fail to move them."""
         if self.case != 2 or self._workers.sharded:
             return []
-        return [weight.quantized() for weight in self._weights]
+        return [weight.codes() for weight in self._weights]
 
     def _ascent(self, parameters: list[nn.Parameter], leaves: list[tuple[Tensor, Tensor]]) -> Ascent:
         """What is perturbed, and where to, from the gradients at hand."""

@@ -294,8 +294,11 @@ def test_unequal_chunks_weigh_by_their_samples() -> None:
     assert float(losses[0]) > float(losses[-1])
 
 
-def test_case_2_reports_the_share_of_weights_that_moved() -> None:
-    gm, data = prepared("W2A2"), batch()
+@pytest.mark.parametrize("normalize", [False, True])
+def test_case_2_reports_the_share_of_weights_that_moved(normalize: bool) -> None:
+    recipe = Recipe(scheme="clip", normalize_weights=normalize, first_last=None)
+    data = batch()
+    gm = prepare_saq(Network().double(), example_inputs=data[0], precision="W2A2", recipe=recipe)
     opt = sgd(gm, lr=0.0, case=2, period=1)
     shares = []
     for rho in (0.0, 1e-3, 0.1, 3.0):

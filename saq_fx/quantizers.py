@@ -302,7 +302,8 @@ class ClipWeightQuantizer(Quantizer):
         level = _per_channel(self.guarded_level(), x, self.channel_axis)
         if self.normalize:
             level = level * centered(x)[1]
-        return ((self.quantize(x) / level + 1) * ((2**self.bits - 1) / 2)).round().int()
+        codes: Tensor = (self.quantize(x) / level + 1) * ((2**self.bits - 1) / 2)
+        return codes.round().int()
 
     def fit(self, x: Tensor, method: str) -> None:
         """One level for the tensor or for each channel."""
@@ -336,7 +337,8 @@ class ClipActivationQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """0 to 2**bits - 1."""
-        return (self.quantize(x) / self.guarded_level() * (2**self.bits - 1)).round().int()
+        codes: Tensor = self.quantize(x) / self.guarded_level() * (2**self.bits - 1)
+        return codes.round().int()
 
     def fit(self, x: Tensor, method: str) -> None:
         """One level for the tensor."""

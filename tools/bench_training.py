@@ -1,6 +1,7 @@
 """Training throughput of SAQ against plain quantization-aware training, ResNet-18 on small images, in one run.
 
-Writes JSON and prints a table: `python tools/bench_training.py [--device cuda] [--batch 32] [--rounds 5] [--out FILE]`
+Prints a table, and writes it with JSON beside it:
+`python tools/bench_training.py [--device cuda] [--batch 32] [--rounds 5] [--out FILE.json]`
 The settings take turns, a few steps each, and ratios are medians over the rounds: what else the machine does then
 hits all alike. On a CPU, processor time of one thread is measured.
 """
@@ -10,6 +11,7 @@ import copy
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -109,13 +111,18 @@ def main() -> None:
     rows = measure(device, arguments.batch, arguments.size, arguments.rounds, arguments.bf16, arguments.compile)
     table = [(row["setting"], row["ms"], row["throughput"], row["peak_mib"]) for row in rows]
     headers = ("ResNet-18, W4A4", "ms per step", "throughput, plain QAT = 1", "peak MiB")
-    print(tabulate(table, headers, floatfmt=("", ".1f", ".3f", ".0f")))
+    floats = ("", ".1f", ".3f", ".0f")
+    print(tabulate(table, headers, floatfmt=floats))
     if arguments.out is not None:
         of_gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         made = {"date": str(date.today()), "torch": torch.__version__, "machine": platform.machine(), "gpu": of_gpu}
         settings = {key: value for key, value in vars(arguments).items() if key != "out"}
         text = json.dumps({"made": made, "settings": settings, "rows": rows}, indent=1)
         write_whole(arguments.out, f"{text}\n".encode())
+        command = f"python tools/bench_training.py {' '.join(sys.argv[1:])}"
+        page = tabulate(table, headers, floatfmt=floats, tablefmt="github")
+        made_by = f"`{command}` on {made['date']}, torch {made['torch']}, {of_gpu or 'one CPU thread'}."
+        write_whole(arguments.out.with_suffix(".md"), f"# Training throughput\n\n{made_by}\n\n{page}\n".encode())
 
 
 if __name__ == "__main__":

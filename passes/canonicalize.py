@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from saq_fx.attention import can_open, open_multihead_attention
-from saq_fx.graph import SaqGraphModule
+from saq_fx.graph import SaqGraphModule, graphs
 from saq_fx.modes import TrainingFlag
 from saq_fx.operators import operator_named, operator_of
 from saq_fx.pass_base import Pass, PassResult
@@ -42,11 +42,15 @@ class Canonicalize(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place."""
-        modified = False
-        for node in list(gm.graph.nodes):
-            modified |= _rewrite_module(gm, node) if node.op == "call_module" else _rewrite_call(node)
-        modified |= _merge_tied_parameters(gm)
-        return PassResult(gm, modified)
+        modified = [_rewrite_graph(part) for _, part in graphs(gm)]
+        return PassResult(gm, any(modified))
+
+
+def _rewrite_graph(gm: SaqGraphModule) -> bool:
+    modified = False
+    for node in list(gm.graph.nodes):
+        modified |= _rewrite_module(gm, node) if node.op == "call_module" else _rewrite_call(node)
+    return _merge_tied_parameters(gm) or modified
 
 
 def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:

@@ -234,6 +234,13 @@ def operator_of(node: fx.Node) -> Operator | None:
     return None
 
 
+def operator_called(function: Callable[..., Any]) -> Operator | None:
+    """The entry that a function or a method of tensors belongs to, None for any other."""
+    name = getattr(function, "__name__", "")
+    is_method = getattr(torch.Tensor, name, None) is function
+    return _BY_FUNCTION.get(function) or (_BY_METHOD.get(name) if is_method else None)
+
+
 def quantizable_names() -> frozenset[str]:
     """The names under which Python code calls the table's operations."""
     names = {entry.name for entry in OPERATORS} | set(_BY_METHOD)

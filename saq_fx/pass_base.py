@@ -14,7 +14,7 @@ from torch import fx
 
 from saq_fx.annotation import record_of
 from saq_fx.errors import PassError, SaqError
-from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.graph import SaqGraphModule, graphs, layers
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def _run_checked(each: Pass, gm: SaqGraphModule, description: str) -> PassResult
     try:
         result = each.run(gm)
         if result.modified:
-            result.graph_module.graph.lint()
-            result.graph_module.recompile()
+            for _, part in graphs(result.graph_module):
+                part.graph.lint()
+                part.recompile()
     except SaqError:
         raise
     except Exception as error:

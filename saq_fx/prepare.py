@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from saq_fx.annotation import LayerAnnotation, record_of
+from saq_fx.capture import capture
 from saq_fx.errors import CalibrationError, PrecisionError, SaqError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.pass_base import Pipeline, check_facts
@@ -18,7 +19,7 @@ from saq_fx.passes.open_attention import OpenAttention
 from saq_fx.precision import Policy, Precision
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
-from saq_fx.tracing import ExampleInputs, trace
+from saq_fx.tracing import ExampleInputs
 
 
 def prepare_saq(
@@ -45,7 +46,7 @@ def prepare_saq(
     """
     if not isinstance(model, nn.Module):
         raise SaqError(f"prepare_saq takes an nn.Module, not {type(model).__name__}")
-    gm = trace(model, example_inputs)
+    gm = capture(model, example_inputs)
     if record_of(gm).recipe is not None:
         raise SaqError("this graph is quantized already: use apply_policy to change its bits")
     if precision is None:

@@ -1,8 +1,11 @@
 """The tracer: one recorded run of a model's forward, with example values where control flow asks for them."""
 
+import copy
 import importlib
 import inspect
 import operator
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +16,7 @@ from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
 
 from saq_fx.errors import TracingError
+from saq_fx.example_values import ExampleValues
 from saq_fx.modes import TrainingFlag
 from saq_fx.operators import quantizable_names
 
@@ -43,7 +47,8 @@ class SymbolicTracer(fx.Tracer):
     for being leaves (`fx.wrap`) are followed all the same if they multiply tensors.
 
     Where Python needs a value (`if`, `len`, `range`), it is computed from the example inputs, and a guard node makes
-    sure that a later run with other values is an error and not another function.
+    sure that a later run with other values is an error and not another function. A submodule whose code cannot be
+    followed, or that asks for a value which the network computes, is a leaf too; `untraceable` says why, by path.
 
     Args:
         arguments: name -> example value of each argument of `forward` that is in use; None traces without examples.
@@ -56,7 +61,8 @@ class SymbolicTracer(fx.Tracer):
         super().__init__()
         self.arguments = arguments
         self.fixed = fixed
-        self._examples = _Examples(self)
+        self.untraceable: dict[str, str] = {}
+        self._examples = ExampleValues(self, arguments or {})
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Records `root.forward`."""
@@ -66,7 +72,9 @@ class SymbolicTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node of the graph."""
-        if type(m) is nn.MultiheadAttention:
+        if type(m) is nn.MultiheadAttention or isinstance(m, torch.jit.ScriptModule):
+            return True
+        if module_qualified_name in self.untraceable:
             return True
         if any(True for _ in m.children()) or has_own_call(m):
             return False
@@ -99,10 +107,27 @@ class SymbolicTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Records a leaf, follows any other module."""
+        """Records a leaf, follows any other module as far as it can be followed."""
         if self._examples.running or m not in self._paths:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        if self.arguments is None or m is self.root:
+            return super().call_module(m, forward, args, kwargs)
+        last, stack = next(reversed(self.graph.nodes), None), copy.copy(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            self.module_stack = stack
+            self._erase_after(last)
+            path = self.path_of_module(m)
+            self.untraceable.setdefault(path, f"{source_line(error)}: {error}")
+            return self.create_proxy("call_module", path, args, kwargs)
+
+    def _erase_after(self, last: fx.Node | None) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+            self._examples.forget(node)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """An attribute of a module: a proxy for parameters, unless an example value is being computed."""
@@ -126,6 +151,8 @@ class SymbolicTracer(fx.Tracer):
         """
         if self.arguments is None:
             raise TracingError(f"control flow depends on {kind}({obj.node}): pass example_inputs to decide it")
+        if self._examples.is_computed(obj.node, kind):
+            raise TracingError(f"control flow depends on {kind}({obj.node}), which the network computes")
         expected = _CONCRETE[kind](self._examples.value(obj.node))
         self.create_node("call_function", require_same_path, (obj.node, kind, expected), {})
         return expected
@@ -143,13 +170,16 @@ class SymbolicTracer(fx.Tracer):
         keyword: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                if (self.arguments or {}).get(name):
+                    raise TracingError(f"a graph takes no {parameter}")
                 continue
             value = self._root_argument(name, parameter)
             if parameter.kind is parameter.KEYWORD_ONLY:
                 keyword[name] = value
             else:
                 positional.append(value)
-        return lambda *args: root_fn(*args, **keyword), positional
+        # As a call, not only its forward, so that the hooks of the model itself are recorded as well.
+        return lambda root, *args: _symbolic_trace._orig_module_call(root, *args, **keyword), positional
 
     def _root_argument(self, name: str, parameter: inspect.Parameter) -> Any:
         if name not in self.fixed:
@@ -181,45 +211,6 @@ class GuardedProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.concrete(self, "float"))
-
-
-class _Examples:
-    """Values of nodes on the example inputs, computed in the order of the graph and only as far as asked for."""
-
-    def __init__(self, tracer: SymbolicTracer) -> None:
-        self.running = False
-        self._tracer = tracer
-        self._values: dict[fx.Node, Any] = {}
-
-    def value(self, node: fx.Node) -> Any:
-        """The value of a node."""
-        self.running = True
-        try:
-            with torch.no_grad(), torch.random.fork_rng():
-                for each in self._tracer.graph.nodes:
-                    if each not in self._values:
-                        self._values[each] = self._compute(each)
-        finally:
-            self.running = False
-        return self._values[node]
-
-    def _compute(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            given = (self._tracer.arguments or {}).get(str(node.target), node.args[0] if node.args else None)
-            return fx.node.map_aggregate(given, lambda item: item.clone() if isinstance(item, Tensor) else item)
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            value = getattr(self._tracer.root.get_submodule(owner), name)
-            # Running statistics that this run moves must not be the model's own.
-            return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        module = self._tracer.root.get_submodule(str(node.target))
-        with _evaluation_flags(module):
-            return module(*args, **kwargs)
 
 
 _FACTORIES = (
@@ -279,19 +270,6 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _evaluation_flags(module: nn.Module) -> Iterator[None]:
-    """Within: a leaf's flags say evaluation, so that no running statistic moves while tracing."""
-    saved = {each: each.__dict__["training"] for each in module.modules()}
-    for each in saved:
-        each.__dict__["training"] = False
-    try:
-        yield
-    finally:
-        for each, flag in saved.items():
-            each.__dict__["training"] = flag
-
-
-@contextmanager
 def _following_wrapped_products() -> Iterator[None]:
     """Within: functions registered by `fx.wrap` that call an operation of the table are no leaves."""
     table = _symbolic_trace._wrapped_fns_to_patch
@@ -341,3 +319,13 @@ def require_same_path(value: Any, kind: str, expected: Any) -> None:
             f"these inputs take another path through the model than the example inputs did: {kind} is "
             f"{actual}, it was {expected}. Prepare the model with example inputs of this kind"
         )
+
+
+def source_line(error: BaseException) -> str:
+    """The last line of the user's code on the way to an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (torch.__path__[0], os.path.dirname(__file__))
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    if not own:
+        return "no source line"
+    return f"{own[-1].filename}:{own[-1].lineno} `{own[-1].line}`"

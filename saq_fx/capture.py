@@ -9,7 +9,6 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -181,14 +180,13 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
     """A graph that takes the inputs of every call: guards that one of them fails are a reason to keep Python code."""
     if not calls.inputs:
         return _capture(module, None)
-    first, *others = calls.inputs
-    part = _capture(module, first)
+    part = _capture(module, calls.inputs[0])
     try:
         with evaluating(part), preserve_buffers(part), torch.random.fork_rng():
-            for args, kwargs in others:
+            for args, kwargs in calls.inputs:
                 part(*args, **kwargs)
-    except TracingError as error:
-        return _capture_around(module, first, str(error))
+    except Exception as error:
+        return _capture_around(module, calls.inputs[0], f"{source_line(error)}: {error}")
     return part
 
 

@@ -192,7 +192,8 @@ def run_eagerly(
     more_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Runs a model's forward as Python does: the one operation of a graph that stands for an untraceable model."""
-    return model.forward(*args, *more_args, **kwargs, **more_kwargs)
+    # Of the class: what is set on the object is a forward of the graph.
+    return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)
 
 
 def graphs(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[str, SaqGraphModule]]:

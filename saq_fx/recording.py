@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -31,7 +31,8 @@ class CallRecorder(TorchFunctionMode):
     """While entered, notes the calls that the code of `python` modules makes of other modules and of the table.
 
     `calls` are the modules called; `operations` the names of quantizable operations that such code runs itself, each
-    with the module whose code it is. The origins of a call are those called modules whose outputs its inputs were computed from, and `INPUT`.
+    with the module whose code it is. The origins of a call are those called modules whose outputs its inputs were
+    computed from, and `INPUT`.
 
     Args:
         model: what is going to run.

@@ -12,7 +12,6 @@ from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule, graphs
 from saq_fx.tracing import ExampleInputs, split_inputs
 
-
 NodeShapes = dict[fx.Node, list[Shape]]
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
 
@@ -67,8 +67,12 @@ class SymbolicTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Records `root.forward`."""
         self._paths = set(root.modules())
-        with _following_wrapped_products(), _recording_factories():
-            return super().trace(root, concrete_args)
+        self._attributes = Attributes(root)
+        try:
+            with _following_wrapped_products(), _recording_factories():
+                return super().trace(root, concrete_args)
+        finally:
+            self._attributes.restore(root)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node of the graph."""
@@ -117,6 +121,7 @@ class SymbolicTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             self.module_stack = stack
+            self._attributes.restore(m)
             self._erase_after(last)
             path = self.path_of_module(m)
             self.untraceable.setdefault(path, f"{source_line(error)}: {error}")
@@ -141,6 +146,8 @@ class SymbolicTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Items of a value whose length the example inputs tell."""
+        if not hasattr(self.example(obj), "__getitem__") or isinstance(self.example(obj), Mapping):
+            obj = self.create_proxy("call_function", list, (obj,), {})
         return iter([operator.getitem(obj, index) for index in range(self.concrete(obj, "len"))])
 
     def concrete(self, obj: fx.Proxy, kind: str) -> Any:
@@ -149,13 +156,18 @@ class SymbolicTracer(fx.Tracer):
         Raises:
             TracingError: there are no example inputs.
         """
-        if self.arguments is None:
-            raise TracingError(f"control flow depends on {kind}({obj.node}): pass example_inputs to decide it")
+        value = self.example(obj)
         if self._examples.is_computed(obj.node, kind):
             raise TracingError(f"control flow depends on {kind}({obj.node}), which the network computes")
-        expected = _CONCRETE[kind](self._examples.value(obj.node))
+        expected = _CONCRETE[kind](value)
         self.create_node("call_function", require_same_path, (obj.node, kind, expected), {})
         return expected
+
+    def example(self, obj: fx.Proxy) -> Any:
+        """The value of a proxy on the example inputs; raises TracingError where there are none."""
+        if self.arguments is None:
+            raise TracingError(f"control flow depends on the value of {obj.node}: pass example_inputs to decide it")
+        return self._examples.value(obj.node)
 
     def _flag_node(self, owner: str) -> fx.Node:
         module = self.root.get_submodule(owner)
@@ -211,6 +223,39 @@ class GuardedProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.concrete(self, "float"))
+
+
+class Attributes:
+    """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = {module: [_shallow_copy(vars(module)), dict(module._buffers)] for module in model.modules()}
+
+    def restore(self, model: nn.Module) -> None:
+        """Takes symbolic values out of the attributes of a model or a part of it."""
+        for module in model.modules():
+            for holder, before in zip((vars(module), module._buffers), self._saved.get(module, ({}, {})), strict=True):
+                for name in [name for name, value in holder.items() if _holds_proxy(value)]:
+                    del holder[name]
+                    if name in before:
+                        holder[name] = before[name]
+
+
+def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes, with copies of lists and dictionaries, which forward may fill."""
+    private = ("_parameters", "_buffers", "_modules")
+    return {
+        name: copy.copy(value) if isinstance(value, list | dict) and name not in private else value
+        for name, value in attributes.items()
+    }
+
+
+def _holds_proxy(value: Any) -> bool:
+    if isinstance(value, fx.Proxy):
+        return True
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list | tuple) and any(map(_holds_proxy, value))
 
 
 _FACTORIES = (

@@ -95,20 +95,6 @@ def _arguments(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, Any] 
 
 
 @contextmanager
-def _keeping_attributes(model: nn.Module) -> Iterator[None]:
-    """Afterwards, attributes and buffers that forward replaced by symbolic values (caches) are what they were."""
-    saved = [(holder, dict(holder)) for module in model.modules() for holder in (vars(module), module._buffers)]
-    try:
-        yield
-    finally:
-        for holder, before in saved:
-            for name in [name for name, value in holder.items() if isinstance(value, fx.Proxy)]:
-                del holder[name]
-                if name in before:
-                    holder[name] = before[name]
-
-
-@contextmanager
 def _marked_training(model: nn.Module, training: bool | None = None) -> Iterator[list[TrainingMarker]]:
     """Within: every `training` flag is a marker, of its own value or of `training`. Afterwards all is as it was."""
     saved = {module: module.training for module in model.modules()}
@@ -140,8 +126,7 @@ def _symbolic_graph(
 
 def _run_tracer(model: nn.Module, tracer: SymbolicTracer) -> tuple[fx.Graph, dict[str, str]]:
     try:
-        with _keeping_attributes(model):
-            return tracer.trace(model), tracer.untraceable
+        return tracer.trace(model), tracer.untraceable
     except Exception as error:
         path = next(reversed(tracer.module_stack.values()), ("", None))[0] or "the model itself"
         raise TracingError(

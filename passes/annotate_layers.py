@@ -180,9 +180,8 @@ def _names(calls: list[_Call], path: str) -> list[str]:
 
 
 def _base_name(call: _Call, path: str) -> str:
-    owner = join_path(path, owner_path(call.node))
-    if call.weight_source is None:
-        return join_path(owner, call.operator.name)
+    if call.weight_source is None or tensor_at(call.graph_module, call.weight_source) is None:
+        return join_path(join_path(path, owner_path(call.node)), call.operator.name)
     holder, _, field = join_path(path, call.weight_source.partition(".parametrizations.")[0]).rpartition(".")
     if field.startswith(("weight", "_tensor_constant")):
         return holder or call.operator.name
@@ -272,7 +271,8 @@ def _uncounted(gm: SaqGraphModule, path: str) -> Iterable[tuple[str, str]]:
             yield join_path(path, name), UNCOUNTED_FUNCTIONS[node.target]
         elif node.op == "call_module":
             module = gm.get_submodule(name)
-            if _has_weights(module):
+            is_listed = any(other.startswith(f"{name}.") for other, _ in record_of(gm).untraced)
+            if _has_weights(module) and not is_listed:
                 yield join_path(path, name), f"{type(module).__name__} is not in the operator table; it stays in float"
     for name, reason in record_of(gm).untraced:
         yield join_path(path, name), reason

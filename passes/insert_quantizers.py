@@ -167,7 +167,8 @@ def _insert(site: _Site, operand: int, name: str, make: QuantizerMaker) -> None:
     gm, node, layer = site.graph_module, site.node, site.layer
     source: fx.Node = node.args[operand]  # type: ignore[assignment]
     path = _quantizer_path(gm, site.name, name)
-    reference = tensor_at(gm, layer.weight) if layer.weight is not None else next(gm.parameters(), None)
+    weight = tensor_at(gm, layer.weight) if layer.weight is not None else None
+    reference = next(gm.parameters(), None) if weight is None else weight
     device = reference.device if reference is not None else None
     dtype = reference.dtype if reference is not None and reference.is_floating_point() else None
     gm.add_submodule(path, make(device, dtype))

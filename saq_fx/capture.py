@@ -46,8 +46,13 @@ def _check_kind(model: nn.Module) -> None:
     name = type(model).__name__
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TracingError(f"the model is wrapped in {name}: prepare its .module, and wrap the result")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TracingError(f"{name} is scripted, and its code cannot be rewritten: prepare the model it was made from")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            # Nor does a copy of it receive gradients.
+            raise TracingError(
+                f"module {path or 'the model itself'!r} of {name} is scripted, and its code cannot be rewritten: "
+                "prepare the model with the module that it was made from"
+            )
 
 
 def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
@@ -107,8 +112,8 @@ def _capture_parts(gm: SaqGraphModule, model: nn.Module, untraceable: Mapping[st
     """Replaces the modules that untraceable code calls by graphs of their own."""
     reasons = {model.get_submodule(path): reason for path, reason in untraceable.items()}
     for module in (each for python in reasons for each in python.modules()):
-        if isinstance(module._modules.get("training_flag"), TrainingFlag):
-            del module._modules["training_flag"]
+        if isinstance(getattr(module, "training_flag", None), TrainingFlag):
+            del module.training_flag
     recorder = _record(model, reasons, inputs)
     splitter = _Splitter(recorder.calls, reasons)
     for path in untraceable:

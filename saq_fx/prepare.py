@@ -52,6 +52,7 @@ def prepare_saq(
     if precision is None:
         Pipeline((Canonicalize(), AnnotateLayers(example_inputs))).run(gm)
         return gm
+    _check_values(gm)
     recipe = recipe or Recipe()
     policy = precision if isinstance(precision, Policy) else Policy.uniform(precision)
     Pipeline(
@@ -65,6 +66,15 @@ def prepare_saq(
         )
     ).run(gm)
     return gm
+
+
+def _check_values(gm: SaqGraphModule) -> None:
+    for name, parameter in gm.named_parameters():
+        if parameter.is_meta:
+            raise SaqError(
+                f"parameter {name} is on the meta device and has no values to fit clipping levels to: load the weights "
+                "first (to_empty, load_state_dict), or prepare with precision=None for costs alone"
+            )
 
 
 def apply_policy(gm: SaqGraphModule, policy: Policy | Precision | str) -> None:

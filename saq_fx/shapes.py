@@ -59,6 +59,9 @@ class _ShapeRecorder(fx.Interpreter):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*bind_inputs(self._gm, args, kwargs))
 
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return next(self.args_iter)  # `*args` too is one value
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
@@ -84,18 +87,26 @@ def bind_inputs(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     Raises:
         TracingError: an input that the graph does not take, or a required one that is missing.
     """
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    names = [str(node.target) for node in placeholders]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    unknown = set(kwargs) - set(names)
-    if unknown or len(args) > len(names):
+    placeholders = {str(node.target): node for node in gm.graph.nodes if node.op == "placeholder"}
+    names = [name for name in placeholders if not name.startswith("*")]
+    rest = {"*": args[len(names) :], "**": {name: value for name, value in kwargs.items() if name not in names}}
+    taken = {name[: name.rfind("*") + 1] for name in placeholders}
+    if any(rest[stars] and stars not in taken for stars in rest):
         raise TracingError(
-            f"the model takes inputs {', '.join(names)}; got {len(args)} positional and {sorted(kwargs)}"
+            f"the model takes inputs {', '.join(placeholders)}; got {len(args)} positional and {sorted(kwargs)}"
         )
-    missing = [node.target for node in placeholders if node.target not in given and not node.args]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    missing = [name for name in names if name not in given and not placeholders[name].args]
     if missing:
-        raise TracingError(f"example_inputs lack {', '.join(map(str, missing))}")
-    return tuple(given[str(node.target)] if node.target in given else node.args[0] for node in placeholders)
+        raise TracingError(f"example_inputs lack {', '.join(missing)}")
+    return tuple(
+        rest[name[: name.rfind("*") + 1]]
+        if name.startswith("*")
+        else given[name]
+        if name in given
+        else placeholders[name].args[0]
+        for name in placeholders
+    )
 
 
 def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NodeShapes:

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
+from torch.utils import checkpoint
 
 from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
@@ -69,22 +70,25 @@ class SymbolicTracer(fx.Tracer):
         self._paths = set(root.modules())
         self._attributes = Attributes(root)
         try:
-            with _following_wrapped_products(), _recording_factories():
+            with _following_wrapped_products(), _recording_factories(self), _rejecting_checkpoints():
                 return super().trace(root, concrete_args)
         finally:
             self._attributes.restore(root)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node of the graph."""
-        if type(m) is nn.MultiheadAttention or isinstance(m, torch.jit.ScriptModule):
-            return True
-        if module_qualified_name in self.untraceable:
+        if type(m) is nn.MultiheadAttention or module_qualified_name in self.untraceable:
             return True
         if any(True for _ in m.children()) or has_own_call(m):
             return False
         if super().is_leaf_module(m, module_qualified_name):
             return True
         return not any(True for _ in m.parameters()) and "training" in type(m).forward.__code__.co_names
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether what runs now is not recorded, but computes an example value."""
+        return self._examples.running
 
     def proxy(self, node: fx.Node) -> "GuardedProxy":
         """A stand-in for a node's value."""
@@ -258,9 +262,9 @@ def _holds_proxy(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(_holds_proxy, value))
 
 
-_FACTORIES = (
-    "arange", "empty", "eye", "finfo", "full", "iinfo", "linspace", "ones", "rand", "randn", "tensor", "zeros"
-)  # fmt: skip
+_FACTORIES = ("arange", "eye", "finfo", "iinfo", "linspace", "tensor")
+# What is random must be drawn anew in each run, and what is filled in place must be made anew.
+_ALWAYS_RECORDED = ("empty", "full", "normal", "ones", "rand", "randint", "randn", "randperm", "zeros")
 
 
 def class_name(cls: type) -> str:
@@ -286,14 +290,15 @@ def build_object(name: str, attributes: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _recording_factories() -> Iterator[None]:
-    """Within: functions that make tensors from sizes are recorded where a size is symbolic.
+def _recording_factories(tracer: SymbolicTracer) -> Iterator[None]:
+    """Within: functions that make tensors are recorded, those without effects only where a size is symbolic.
 
-    A graph cannot hold the scope of an autocast; it runs under the caller's.
+    A graph cannot hold the scope of an autocast; it runs under the caller's. Nor can it hold a checkpoint, whose
+    module therefore stays Python code.
     """
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
-    for name in _FACTORIES:
-        setattr(torch, name, _recorded(originals[name]))
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_ALWAYS_RECORDED, "autocast")}
+    for name in (*_FACTORIES, *_ALWAYS_RECORDED):
+        setattr(torch, name, _recorded(originals[name], tracer if name in _ALWAYS_RECORDED else None))
     torch.autocast = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment, misc]
     try:
         yield
@@ -302,16 +307,34 @@ def _recording_factories() -> Iterator[None]:
             setattr(torch, name, original)
 
 
-def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Becomes a node if any argument is a proxy."""
+def _recorded(function: Callable[..., Any], always_by: SymbolicTracer | None) -> Callable[..., Any]:
+    """Becomes a node if any argument is a proxy, or always, in the graph of a tracer."""
 
     def record(*args: Any, **kwargs: Any) -> Any:
         proxy = _symbolic_trace._find_proxy(args, kwargs)
-        if proxy is None:
+        tracer = always_by if proxy is None else proxy.tracer
+        if tracer is None or tracer.is_evaluating:
             return function(*args, **kwargs)
-        return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+        return tracer.create_proxy("call_function", function, args, kwargs)
 
     return record
+
+
+@contextmanager
+def _rejecting_checkpoints() -> Iterator[None]:
+    """Within: checkpointing symbolic values is an error, for a graph would lose it, and with it the memory it saves."""
+    original = checkpoint._infer_device_type
+
+    def reject(*args: Any) -> Any:
+        if _symbolic_trace._find_proxy(args, {}) is not None:
+            raise TracingError("torch.utils.checkpoint runs its function a second time, which no graph does")
+        return original(*args)
+
+    checkpoint._infer_device_type = reject
+    try:
+        yield
+    finally:
+        checkpoint._infer_device_type = original
 
 
 @contextmanager

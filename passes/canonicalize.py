@@ -96,6 +96,10 @@ class _Operands:
         self.kwargs: dict[str, Any]
         self.args, self.kwargs = as_proxies((node.args, node.kwargs), tracer)
 
+    def call(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
+        """A node that calls a function."""
+        return self._tracer.create_proxy("call_function", function, args, {})
+
     @property
     def input(self) -> fx.Proxy:
         """The module's single input."""
@@ -127,14 +131,15 @@ def _expand_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) 
         padding = 0
     function = operator_named(_CONVOLUTIONS[type(conv)]).function
     weight, bias = operands.parameter("weight"), operands.parameter("bias")
-    return function(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+    return operands.call(function, x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def _expand_transposed_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
     conv: Any = gm.get_submodule(str(node.target))
     function = operator_named(_TRANSPOSED[type(conv)]).function
     weight, bias = operands.parameter("weight"), operands.parameter("bias")
-    return function(
+    return operands.call(
+        function,
         operands.input,
         weight,
         bias,
@@ -147,7 +152,7 @@ def _expand_transposed_convolution(gm: SaqGraphModule, node: fx.Node, operands: 
 
 
 def _expand_linear(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
-    return F.linear(operands.input, operands.parameter("weight"), operands.parameter("bias"))  # type: ignore[arg-type]
+    return operands.call(F.linear, operands.input, operands.parameter("weight"), operands.parameter("bias"))
 
 
 def _expand_attention(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:

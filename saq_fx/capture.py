@@ -1,20 +1,23 @@
 """From any model to a graph: the ways that there are, in order.
 
-1. A `GraphModule` is taken as it is.
+1. A `GraphModule` or an `ExportedProgram` is taken as it is.
 2. Symbolic tracing (`saq_fx.tracing`), in which a submodule whose code cannot be followed is one node.
 3. By parts: such a submodule, or the whole model, keeps its Python code, and each module that this code calls is
    captured by itself and put in its place. So convolutions and linear layers are quantized and counted, and control
    flow is what it was. What the Python code computes between the modules stays in float, and is listed.
 """
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from saq_fx.annotation import join_path, record_of, update_record
 from saq_fx.errors import TracingError
+from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule, run_eagerly
 from saq_fx.modes import TrainingFlag
 from saq_fx.operators import operator_of
@@ -25,17 +28,19 @@ from saq_fx.symbolic import source_line
 from saq_fx.tracing import ExampleInputs, Inputs, copied, split_inputs, trace, trace_symbolically
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
+def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
     """Captures a copy of a model; the model itself is not changed.
 
     Args:
-        model: any module; a `GraphModule` is taken as it is.
+        model: any module; a `GraphModule` or an `ExportedProgram` is taken as it is.
         example_inputs: tells which optional arguments of `forward` are in use; the others are fixed at their defaults.
             Without it a model can only be captured as a whole.
 
     Raises:
         TracingError: naming the module, the source line and what to do.
     """
+    if isinstance(model, ExportedProgram):
+        return from_exported(copy.deepcopy(model))
     if isinstance(model, fx.GraphModule):
         return trace(model)
     _check_kind(model)

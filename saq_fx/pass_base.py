@@ -58,7 +58,10 @@ FACTS: dict[str, Callable[[SaqGraphModule], str | None]] = {
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """One rewrite of the graph. A subclass states its rule, formula and source in its docstring."""
+    """One rewrite of the graph. A subclass states its rule, formula and source in its docstring.
+
+    A pass that runs the graph interprets it (`saq_fx.shapes.interpreted`): what was compiled may be out of date.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
@@ -103,7 +106,7 @@ class Pipeline:
     after_each: Callable[[PassTiming, fx.GraphModule], None] | None = None
 
     def run(self, gm: SaqGraphModule) -> PassResult:
-        """Runs every pass; lints and recompiles once after each that changed the graph.
+        """Runs every pass; lints after each that changed the graph, and recompiles before anyone else sees it.
 
         Raises:
             PassError: a contract does not hold, or a pass failed; names the pass and those already run.
@@ -119,8 +122,16 @@ class Pipeline:
             gm, modified = result.graph_module, modified or result.modified
             done.append(each.name)
             if self.after_each is not None:
+                _recompile(gm)
                 self.after_each(timing, gm)
+        if modified:
+            _recompile(gm)
         return PassResult(gm, modified)
+
+
+def _recompile(gm: SaqGraphModule) -> None:
+    for _, part in graphs(gm):
+        part.recompile()
 
 
 def _run_checked(each: Pass, gm: SaqGraphModule, description: str) -> PassResult:
@@ -129,7 +140,6 @@ def _run_checked(each: Pass, gm: SaqGraphModule, description: str) -> PassResult
         if result.modified:
             for _, part in graphs(result.graph_module):
                 part.graph.lint()
-                part.recompile()
     except SaqError:
         raise
     except Exception as error:

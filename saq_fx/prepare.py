@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from saq_fx.annotation import LayerAnnotation, record_of
 from saq_fx.capture import capture
@@ -23,7 +24,7 @@ from saq_fx.tracing import ExampleInputs
 
 
 def prepare_saq(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     example_inputs: ExampleInputs | None = None,
     precision: str | Precision | Policy | None = "W4A4",
@@ -32,7 +33,7 @@ def prepare_saq(
     """Rewrites a model into a quantized graph with a precision on every layer. The model itself is not changed.
 
     Args:
-        model: any module, or a `GraphModule` traced before.
+        model: any module, a `GraphModule` traced before, or an `ExportedProgram`.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Gives shapes and MACs (for
             one sample) and first clipping levels. Without it reports and budgets are not available, and levels are
             set by the first batch that the graph sees.
@@ -44,8 +45,8 @@ def prepare_saq(
         TracingError: the model cannot be captured; names the module and the source line.
         PatternError: a policy's pattern matches no layer.
     """
-    if not isinstance(model, nn.Module):
-        raise SaqError(f"prepare_saq takes an nn.Module, not {type(model).__name__}")
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise SaqError(f"prepare_saq takes an nn.Module or an ExportedProgram, not {type(model).__name__}")
     gm = capture(model, example_inputs)
     if record_of(gm).recipe is not None:
         raise SaqError("this graph is quantized already: use apply_policy to change its bits")

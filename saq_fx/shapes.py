@@ -49,12 +49,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             each.training = mode
 
 
-class _ShapeRecorder(fx.Interpreter):
-    """Runs one graph, of a whole model or of a part of it."""
+class _Interpreter(fx.Interpreter):
+    """Runs one graph, of a whole model or of a part of it, and shows each value to `see`."""
 
-    def __init__(self, gm: SaqGraphModule, shapes: NodeShapes) -> None:
+    def __init__(self, gm: SaqGraphModule, see: Callable[[fx.Node, Any], None] | None) -> None:
         super().__init__(gm, garbage_collect_values=True)
-        self._gm, self._shapes = gm, shapes
+        self._gm, self._see = gm, see
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*bind_inputs(self._gm, args, kwargs))
@@ -64,9 +64,16 @@ class _ShapeRecorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self._shapes.setdefault(n, []).append(tuple(value.shape))
+        if self._see is not None:
+            self._see(n, value)
         return value
+
+
+@contextmanager
+def interpreted(gm: SaqGraphModule, see: Callable[[fx.Node, Any], None] | None = None) -> Iterator[None]:
+    """Within: a call of the model runs its graphs node by node, as they are now, and shows each value to `see`."""
+    with replaced_forwards({each: _Interpreter(each, see) for _, each in graphs(gm)}):
+        yield
 
 
 @contextmanager
@@ -111,10 +118,14 @@ def bind_inputs(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NodeShapes:
     shapes: NodeShapes = {}
-    recorders = {each: _ShapeRecorder(each, shapes) for _, each in graphs(gm)}
+
+    def note(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            shapes.setdefault(node, []).append(tuple(value.shape))
+
     bind_inputs(gm, args, kwargs)
     try:
-        with evaluating(gm), torch.random.fork_rng(), replaced_forwards(recorders):
+        with evaluating(gm), torch.random.fork_rng(), interpreted(gm, note):
             gm(*args, **kwargs)
     except Exception as error:
         given = [tuple(each.shape) for each in tensors_in((args, kwargs))]

@@ -8,7 +8,7 @@ import torch
 from saq_fx.annotation import annotation_of, record_of
 from saq_fx.capture import capture
 from saq_fx.errors import PassError
-from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.graph import SaqGraphModule, graphs, layers
 from saq_fx.pass_base import FACTS, Pass, Pipeline, check_facts
 from saq_fx.passes.annotate_layers import AnnotateLayers
 from saq_fx.passes.assign_precision import AssignPrecision
@@ -39,8 +39,12 @@ def passes(inputs: Any) -> list[Pass]:
 
 
 def fingerprint(gm: SaqGraphModule) -> Any:
-    nodes = [(node.op, node.name, str(node.target), str(node.args), annotation_of(node)) for node in gm.graph.nodes]
-    return nodes, record_of(gm), sorted(name for name, _ in gm.named_modules())
+    nodes = [
+        (node.op, node.name, str(node.target), str(node.args), annotation_of(node))
+        for _, part in graphs(gm)
+        for node in part.graph.nodes
+    ]
+    return nodes, [record_of(part) for _, part in graphs(gm)], sorted(name for name, _ in gm.named_modules())
 
 
 @pytest.mark.parametrize("name", ZOO)

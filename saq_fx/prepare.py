@@ -46,7 +46,7 @@ def prepare_saq(
         PatternError: a policy's pattern matches no layer.
     """
     if not isinstance(model, nn.Module | ExportedProgram):
-        raise SaqError(f"prepare_saq takes an nn.Module or an ExportedProgram, not {type(model).__name__}")
+        raise SaqError(f"prepare_saq takes an ExportedProgram or an nn.Module, not {type(model).__name__}")
     gm = capture(model, example_inputs)
     if record_of(gm).recipe is not None:
         raise SaqError("this graph is quantized already: use apply_policy to change its bits")

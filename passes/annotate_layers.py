@@ -49,15 +49,18 @@ class AnnotateLayers(Pass):
 
     Args:
         example_inputs: run once in evaluation mode for shapes and MACs (of one sample); None leaves them unknown.
+        embeddings: whether look-ups in tables that are weights are layers as well. They have no MACs, and nothing but
+            the weight can be quantized; as to what is first and last, they are none.
     """
 
     example_inputs: ExampleInputs | None = None
+    embeddings: bool = False
     gives: ClassVar[frozenset[str]] = frozenset({"annotations"})
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Annotates `gm` in place."""
         before = _state(gm)
-        calls = [call for path, part in graphs(gm) for call in _find_calls(part, path)]
+        calls = [call for path, part in graphs(gm) for call in _find_calls(part, path, self.embeddings)]
         groups = _choice_groups(calls)
         _describe(gm, calls, groups)
         if self.example_inputs is not None:
@@ -85,6 +88,11 @@ class _Call:
     name: str = ""
 
     @property
+    def is_lookup(self) -> bool:
+        """Whether the first operand are indices into the second."""
+        return self.operator.name == "embedding"
+
+    @property
     def activation(self) -> fx.Node:
         node: fx.Node = self.node.args[self.activation_operand]  # type: ignore[assignment]
         return node
@@ -95,7 +103,7 @@ class _Call:
         return node
 
 
-def _find_calls(gm: SaqGraphModule, path: str) -> list[_Call]:
+def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
     """The layers of one graph, which is the part at `path`."""
     dependent = depends_on_inputs(gm.graph)
     calls = []
@@ -104,6 +112,8 @@ def _find_calls(gm: SaqGraphModule, path: str) -> list[_Call]:
         if entry is None or is_training_only(node) or _problem(node, entry) is not None:
             continue
         left, right = node.args[entry.activation], node.args[entry.weight]
+        if entry.name == "embedding" and (not embeddings or right in dependent):
+            continue
         if right in dependent and left in dependent:
             calls.append(_Call(gm, node, entry, entry.activation, entry.weight, None))
         elif right in dependent:
@@ -141,9 +151,9 @@ def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str]) ->
     own = [call for call in calls if call.graph_module is gm]
     nonnegative = has_nonnegative_values(gm)
     raw = is_raw_input(gm) if record_of(gm).reads_network_input else set()
-    positions = _positions(gm, [call.node for call in own])
+    positions = _positions(gm, [call.node for call in own if not call.is_lookup])
     for call in own:
-        position = positions[call.node]
+        position = positions.get(call.node)
         annotation = LayerAnnotation(
             name=call.name,
             op=call.operator.name,
@@ -153,7 +163,8 @@ def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str]) ->
             choice_group=groups[call.name],
             module_classes=owner_classes(call.node),
             position=position,
-            reads_network_input=position in ("first", "only") and call.activation in raw,
+            # Neither an image's values nor indices are quantized.
+            reads_network_input=call.is_lookup or (position in ("first", "only") and call.activation in raw),
             activation_signed=call.activation not in nonnegative,
             weight_signed=call.weight_source is not None or call.weight not in nonnegative,
         )
@@ -180,8 +191,11 @@ def _names(calls: list[_Call], path: str) -> list[str]:
 
 
 def _base_name(call: _Call, path: str) -> str:
+    owner = join_path(path, owner_path(call.node))
+    if call.is_lookup:
+        return owner or call.operator.name
     if call.weight_source is None or tensor_at(call.graph_module, call.weight_source) is None:
-        return join_path(join_path(path, owner_path(call.node)), call.operator.name)
+        return join_path(owner, call.operator.name)
     holder, _, field = join_path(path, call.weight_source.partition(".parametrizations.")[0]).rpartition(".")
     if field.startswith(("weight", "_tensor_constant")):
         return holder or call.operator.name
@@ -198,7 +212,7 @@ def _choice_groups(calls: list[_Call]) -> dict[str, str]:
             tensor = tensor_at(call.graph_module, call.weight_source)
             key = id(tensor) if call.weight.op == "get_attr" and tensor is not None else id(call.weight)
             sharing.add_edge(first_user.setdefault(key, call.name), call.name)
-    order = {call.name: index for index, call in enumerate(calls)}
+    order = {call.name: (call.is_lookup, index) for index, call in enumerate(calls)}
     groups = {}
     for component in nx.connected_components(sharing):
         leader = min(component, key=order.__getitem__)
@@ -246,7 +260,7 @@ def _measure(calls: list[_Call], shapes: NodeShapes) -> None:
         update(
             call.node,
             macs=sum(call.operator.macs(args, shapes[call.node][run]) for run, args in enumerate(arguments)),
-            activation_shape=arguments[0][call.activation_operand] if runs else (0,),
+            activation_shape=arguments[0][call.activation_operand] if runs and not call.is_lookup else (0,),
             weight_shape=arguments[0][call.weight_operand] if runs else _weight_shape(call),
             output_shape=shapes[call.node][0] if runs else (0,),
         )
@@ -264,6 +278,8 @@ def _uncounted(gm: SaqGraphModule, path: str) -> Iterable[tuple[str, str]]:
         if annotation_of(node) is not None:
             continue
         name, entry = str(node.target) if node.op == "call_module" else node.name, operator_of(node)
+        if entry is not None and entry.name == "embedding":
+            continue
         if entry is not None:
             where = join_path(join_path(path, owner_path(node)), node.name)
             yield where, "runs in training only" if is_training_only(node) else str(_problem(node, entry))

@@ -65,6 +65,8 @@ def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
         expand = _expand_transposed_convolution
     elif kind in _LINEAR:
         expand = _expand_linear
+    elif kind is nn.Embedding and module.max_norm is None:
+        expand = _expand_embedding
     elif kind is nn.MultiheadAttention and can_open(module):
         expand = _expand_attention
     else:
@@ -155,6 +157,12 @@ def _expand_linear(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> An
     return operands.call(F.linear, operands.input, operands.parameter("weight"), operands.parameter("bias"))
 
 
+def _expand_embedding(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
+    table: Any = gm.get_submodule(str(node.target))
+    options = (table.padding_idx, None, table.norm_type, table.scale_grad_by_freq, table.sparse)
+    return operands.call(F.embedding, operands.input, operands.parameter("weight"), *options)
+
+
 def _expand_attention(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
     attention: Any = gm.get_submodule(str(node.target))
     return open_multihead_attention(attention, operands.parameter, operands.training, *operands.args, **operands.kwargs)
@@ -169,6 +177,9 @@ def _merge_tied_parameters(gm: SaqGraphModule) -> bool:
         owner, _, name = str(node.target).rpartition(".")
         kept = first.setdefault(id(getattr(gm.get_submodule(owner), name)), node)
         if kept is not node:
+            if all(user.target is F.embedding for user in kept.users):
+                # Layers are named by their weights, and a table tied to a layer's weight is none at first.
+                kept.target = node.target
             node.replace_all_uses_with(kept)
             gm.graph.erase_node(node)
             modified = True

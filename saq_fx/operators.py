@@ -25,7 +25,7 @@ class Operator:
     """One quantizable operation.
 
     Args:
-        name: what reports call it.
+        name: what reports call it; "embedding" multiplies nothing, and only its weight can be quantized.
         function: the canonical function that nodes of this operation call.
         parameters: names of its arguments, in order.
         activation, weight: positions of the two multiplied operands. Either may be an activation in a given call.
@@ -200,6 +200,15 @@ OPERATORS: tuple[Operator, ...] = (
         macs=_attention_macs,
         channel_axis=None,
         aliases=(torch.ops.aten.scaled_dot_product_attention.default,),
+    ),
+    Operator(
+        "embedding",
+        F.embedding,
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+        activation=0,
+        weight=1,
+        macs=lambda args, output: 0,
+        channel_axis=1,
     ),
 )
 

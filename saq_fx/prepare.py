@@ -60,7 +60,7 @@ def prepare_saq(
         (
             Canonicalize(),
             OpenAttention(),
-            AnnotateLayers(example_inputs),
+            AnnotateLayers(example_inputs, recipe.embeddings),
             AssignPrecision(policy, recipe.first_last),
             InsertQuantizers(recipe),
             Calibrate(() if example_inputs is None else (example_inputs,), skip_nonfinite=True),

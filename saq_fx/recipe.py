@@ -23,6 +23,8 @@ class Recipe:
             only; APoT, SAQ Sec. 5). It conditions the clipping level; what it takes away, BatchNorm gives back.
         calibration: how initial clipping levels are set: "mse", "max" or "percentile".
         first_last: precision of the first and last layers; None pins none of them.
+        embeddings: quantize embedding tables too, as layers without MACs. They stay in float otherwise: SAQ quantizes
+            what is multiplied, and a look-up costs nothing but memory.
         signed: layer name or glob -> whether its input activation is signed, where the producer does not tell.
 
     Raises:
@@ -34,6 +36,7 @@ class Recipe:
     normalize_weights: bool = True
     calibration: str = "mse"
     first_last: Precision | None = field(default_factory=lambda: Precision(8, 8))
+    embeddings: bool = False
     signed: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

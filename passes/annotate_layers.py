@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import networkx as nx
@@ -10,9 +10,11 @@ from torch import fx, nn
 
 from saq_fx.annotation import (
     LayerAnnotation,
+    Shape,
     annotate,
     annotation_of,
     is_training_only,
+    join_path,
     owner_classes,
     owner_path,
     record_of,
@@ -20,10 +22,10 @@ from saq_fx.annotation import (
     update_record,
 )
 from saq_fx.dataflow import depends_on_inputs, has_nonnegative_values, is_raw_input, reachable, tensor_at
-from saq_fx.graph import SaqGraphModule
+from saq_fx.graph import SaqGraphModule, graphs, held_by, parts_of
 from saq_fx.operators import UNCOUNTED_FUNCTIONS, Operator, operator_of
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.shapes import output_shapes
+from saq_fx.shapes import NodeShapes, output_shapes
 from saq_fx.tracing import ExampleInputs
 
 _NOT_COUNTED = (
@@ -47,32 +49,48 @@ class AnnotateLayers(Pass):
 
     Args:
         example_inputs: run once in evaluation mode for shapes and MACs (of one sample); None leaves them unknown.
+        embeddings: whether look-ups in tables that are weights are layers as well. They have no MACs, and nothing but
+            the weight can be quantized; as to what is first and last, they are none.
     """
 
     example_inputs: ExampleInputs | None = None
+    embeddings: bool = False
     gives: ClassVar[frozenset[str]] = frozenset({"annotations"})
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Annotates `gm` in place."""
-        before = ([annotation_of(node) for node in gm.graph.nodes], record_of(gm))
-        calls = _find_calls(gm)
-        for call, annotation in zip(calls, _describe(gm, calls), strict=True):
-            annotate(call.node, annotation)
+        before = _state(gm)
+        calls = [call for path, part in graphs(gm) for call in _find_calls(part, path, self.embeddings)]
+        groups = _choice_groups(calls)
+        _describe(gm, calls, groups)
         if self.example_inputs is not None:
-            _measure(gm, calls, self.example_inputs)
-        update_record(gm, annotated=True, uncounted=tuple(_uncounted(gm)))
-        return PassResult(gm, before != ([annotation_of(node) for node in gm.graph.nodes], record_of(gm)))
+            _measure(calls, output_shapes(gm, self.example_inputs))
+        uncounted = [each for path, part in graphs(gm) for each in _uncounted(part, path)]
+        update_record(gm, annotated=True, uncounted=tuple(uncounted))
+        return PassResult(gm, before != _state(gm))
+
+
+def _state(gm: SaqGraphModule) -> list[Any]:
+    """All that annotating changes."""
+    return [(record_of(part), [annotation_of(node) for node in part.graph.nodes]) for _, part in graphs(gm)]
 
 
 @dataclass(frozen=True)
 class _Call:
     """One quantizable node; `weight_source` is the parameter or buffer its weight comes from, None for a product."""
 
+    graph_module: SaqGraphModule
     node: fx.Node
     operator: Operator
     activation_operand: int
     weight_operand: int
     weight_source: str | None
+    name: str = ""
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether the first operand are indices into the second."""
+        return self.operator.name == "embedding"
 
     @property
     def activation(self) -> fx.Node:
@@ -85,7 +103,8 @@ class _Call:
         return node
 
 
-def _find_calls(gm: SaqGraphModule) -> list[_Call]:
+def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
+    """The layers of one graph, which is the part at `path`."""
     dependent = depends_on_inputs(gm.graph)
     calls = []
     for node in gm.graph.nodes:
@@ -93,13 +112,15 @@ def _find_calls(gm: SaqGraphModule) -> list[_Call]:
         if entry is None or is_training_only(node) or _problem(node, entry) is not None:
             continue
         left, right = node.args[entry.activation], node.args[entry.weight]
+        if entry.name == "embedding" and (not embeddings or right in dependent):
+            continue
         if right in dependent and left in dependent:
-            calls.append(_Call(node, entry, entry.activation, entry.weight, None))
+            calls.append(_Call(gm, node, entry, entry.activation, entry.weight, None))
         elif right in dependent:
-            calls.append(_Call(node, entry, entry.weight, entry.activation, _source(left)))
+            calls.append(_Call(gm, node, entry, entry.weight, entry.activation, _source(left)))
         else:
-            calls.append(_Call(node, entry, entry.activation, entry.weight, _source(right)))
-    return calls
+            calls.append(_Call(gm, node, entry, entry.activation, entry.weight, _source(right)))
+    return [replace(call, name=name) for call, name in zip(calls, _names(calls, path), strict=True)]
 
 
 def _problem(node: fx.Node, entry: Operator) -> str | None:
@@ -125,37 +146,40 @@ def _source(node: fx.Node) -> str:
     return node.name
 
 
-def _describe(gm: SaqGraphModule, calls: list[_Call]) -> list[LayerAnnotation]:
-    names = _names(calls)
-    groups = _choice_groups(gm, calls, names)
+def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str]) -> None:
+    """Annotates the calls of a graph and of its parts."""
+    own = [call for call in calls if call.graph_module is gm]
     nonnegative = has_nonnegative_values(gm)
-    raw = is_raw_input(gm)
-    positions = _positions(gm, calls)
-    return [
-        LayerAnnotation(
-            name=name,
+    raw = is_raw_input(gm) if record_of(gm).reads_network_input else set()
+    positions = _positions(gm, [call.node for call in own if not call.is_lookup])
+    for call in own:
+        position = positions.get(call.node)
+        annotation = LayerAnnotation(
+            name=call.name,
             op=call.operator.name,
             activation_operand=call.activation_operand,
             weight_operand=call.weight_operand,
             weight=call.weight_source,
-            choice_group=groups[name],
+            choice_group=groups[call.name],
             module_classes=owner_classes(call.node),
-            position=positions[call.node],
-            reads_network_input=positions[call.node] in ("first", "only") and call.activation in raw,
+            position=position,
+            # Neither an image's values nor indices are quantized.
+            reads_network_input=call.is_lookup or (position in ("first", "only") and call.activation in raw),
             activation_signed=call.activation not in nonnegative,
             weight_signed=call.weight_source is not None or call.weight not in nonnegative,
         )
-        for call, name in zip(calls, names, strict=True)
-    ]
+        annotate(call.node, annotation)
+    for part in parts_of(gm).values():
+        _describe(part, calls, groups)
 
 
-def _names(calls: list[_Call]) -> list[str]:
+def _names(calls: list[_Call], path: str) -> list[str]:
     """One name a call: `base` for a weight's first use, `base@k` for further ones, `base_k` for other operands."""
     operands_of: dict[str, list[Any]] = defaultdict(list)
     uses: dict[str, int] = defaultdict(int)
     names = []
     for call in calls:
-        base = _base_name(call)
+        base = _base_name(call, path)
         operand = call.node if call.weight_source is None else call.weight
         if operand not in operands_of[base]:
             operands_of[base].append(operand)
@@ -166,27 +190,29 @@ def _names(calls: list[_Call]) -> list[str]:
     return names
 
 
-def _base_name(call: _Call) -> str:
-    owner = owner_path(call.node)
-    if call.weight_source is None:
-        return f"{owner}.{call.operator.name}" if owner else call.operator.name
-    path, _, field = call.weight_source.partition(".parametrizations.")[0].rpartition(".")
+def _base_name(call: _Call, path: str) -> str:
+    owner = join_path(path, owner_path(call.node))
+    if call.is_lookup:
+        return owner or call.operator.name
+    if call.weight_source is None or tensor_at(call.graph_module, call.weight_source) is None:
+        return join_path(owner, call.operator.name)
+    holder, _, field = join_path(path, call.weight_source.partition(".parametrizations.")[0]).rpartition(".")
     if field.startswith(("weight", "_tensor_constant")):
-        return path or call.operator.name
-    return f"{path}.{field}".removeprefix(".").removesuffix("_weight")
+        return holder or call.operator.name
+    return f"{holder}.{field}".removeprefix(".").removesuffix("_weight")
 
 
-def _choice_groups(gm: SaqGraphModule, calls: list[_Call], names: list[str]) -> dict[str, str]:
+def _choice_groups(calls: list[_Call]) -> dict[str, str]:
     """Layer name -> name of the first layer of those that share its weight, and so share one choice of bits."""
     sharing: nx.Graph[str] = nx.Graph()
-    sharing.add_nodes_from(names)
+    sharing.add_nodes_from(call.name for call in calls)
     first_user: dict[int, str] = {}
-    for call, name in zip(calls, names, strict=True):
+    for call in calls:
         if call.weight_source is not None:
-            tensor = tensor_at(gm, call.weight_source)
+            tensor = tensor_at(call.graph_module, call.weight_source)
             key = id(tensor) if call.weight.op == "get_attr" and tensor is not None else id(call.weight)
-            sharing.add_edge(first_user.setdefault(key, name), name)
-    order = {name: index for index, name in enumerate(names)}
+            sharing.add_edge(first_user.setdefault(key, call.name), call.name)
+    order = {call.name: (call.is_lookup, index) for index, call in enumerate(calls)}
     groups = {}
     for component in nx.connected_components(sharing):
         leader = min(component, key=order.__getitem__)
@@ -194,45 +220,83 @@ def _choice_groups(gm: SaqGraphModule, calls: list[_Call], names: list[str]) -> 
     return groups
 
 
-def _positions(gm: SaqGraphModule, calls: list[_Call]) -> dict[fx.Node, str | None]:
-    """First: fed by the inputs and by no other layer. Last: feeding the output and no other layer. Only: both."""
-    layer_nodes = [call.node for call in calls]
-    downstream = reachable(gm.graph, layer_nodes, forwards=True)
-    upstream = reachable(gm.graph, layer_nodes, forwards=False)
+def _positions(gm: SaqGraphModule, layer_nodes: list[fx.Node]) -> dict[fx.Node, str | None]:
+    """First: fed by the inputs and by no other layer. Last: feeding the output and no other layer. Only: both.
+
+    A node that holds parts counts as a layer, whose place its parts inherit.
+    """
+    parts = parts_of(gm)
+    holders = {node: held for node in gm.graph.nodes if (held := held_by(node, parts))} if parts else {}
+    starts = [*layer_nodes, *holders]
+    downstream = reachable(gm.graph, starts, forwards=True)
+    upstream = reachable(gm.graph, starts, forwards=False)
     dependent = depends_on_inputs(gm.graph)
+    record = record_of(gm)
+    raw = is_raw_input(gm) if record.reads_network_input else set()
     positions: dict[fx.Node, str | None] = {}
-    for node in layer_nodes:
-        first, last = node not in downstream and node in dependent, node not in upstream
+    for node in starts:
+        first = record.is_first and node not in downstream and node in dependent
+        last = record.is_last and node not in upstream
         positions[node] = "only" if first and last else "first" if first else "last" if last else None
+        for part in (parts[path] for path in holders.get(node, ())):
+            inner = record_of(part)
+            update_record(
+                part,
+                is_first=inner.is_first and first,
+                is_last=inner.is_last and last,
+                reads_network_input=inner.reads_network_input and any(each in raw for each in node.all_input_nodes),
+            )
     return positions
 
 
-def _measure(gm: SaqGraphModule, calls: list[_Call], example_inputs: ExampleInputs) -> None:
-    shapes = output_shapes(gm, example_inputs)
+def _measure(calls: list[_Call], shapes: NodeShapes) -> None:
+    """Writes down shapes of the first run of each layer, and the MACs of all its runs."""
     for call in calls:
-        args = [shapes[arg] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in call.node.args]
+        runs = len(shapes.get(call.node, ()))
+        arguments = [
+            [shapes[arg][run] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in call.node.args]
+            for run in range(runs)
+        ]
         update(
             call.node,
-            macs=call.operator.macs(args, shapes[call.node]),
-            activation_shape=args[call.activation_operand],
-            weight_shape=args[call.weight_operand],
-            output_shape=shapes[call.node],
+            macs=sum(call.operator.macs(args, shapes[call.node][run]) for run, args in enumerate(arguments)),
+            activation_shape=arguments[0][call.activation_operand] if runs and not call.is_lookup else (0,),
+            weight_shape=arguments[0][call.weight_operand] if runs else _weight_shape(call),
+            output_shape=shapes[call.node][0] if runs else (0,),
         )
 
 
-def _uncounted(gm: SaqGraphModule) -> Iterable[tuple[str, str]]:
-    """Operations with arithmetic that are no layers, as (name, reason)."""
+def _weight_shape(call: _Call) -> Shape:
+    """The shape of a weight that no example reaches."""
+    tensor = tensor_at(call.graph_module, call.weight_source) if call.weight_source is not None else None
+    return tuple(tensor.shape) if tensor is not None else (0,)
+
+
+def _uncounted(gm: SaqGraphModule, path: str) -> Iterable[tuple[str, str]]:
+    """Operations with arithmetic that are no layers, as (name, reason), of the graph that is the part at `path`."""
     for node in gm.graph.nodes:
         if annotation_of(node) is not None:
             continue
         name, entry = str(node.target) if node.op == "call_module" else node.name, operator_of(node)
+        if entry is not None and entry.name == "embedding":
+            continue
         if entry is not None:
-            owner = owner_path(node)
-            where = f"{owner}.{node.name}" if owner else node.name
+            where = join_path(join_path(path, owner_path(node)), node.name)
             yield where, "runs in training only" if is_training_only(node) else str(_problem(node, entry))
         elif node.op == "call_function" and node.target in UNCOUNTED_FUNCTIONS:
-            yield name, UNCOUNTED_FUNCTIONS[node.target]
+            yield join_path(path, name), UNCOUNTED_FUNCTIONS[node.target]
         elif node.op == "call_module":
             module = gm.get_submodule(name)
-            if not isinstance(module, _NOT_COUNTED) and any(p.dim() > 1 for p in module.parameters()):
-                yield name, f"{type(module).__name__} is not in the operator table; it stays in float"
+            is_listed = any(other.startswith(f"{name}.") for other, _ in record_of(gm).untraced)
+            if _has_weights(module) and not is_listed:
+                yield join_path(path, name), f"{type(module).__name__} is not in the operator table; it stays in float"
+    for name, reason in record_of(gm).untraced:
+        yield join_path(path, name), reason
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a leaf has weights that no part of it takes care of."""
+    if isinstance(module, (SaqGraphModule, *_NOT_COUNTED)):
+        return False
+    own = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    return own or any(_has_weights(child) for child in module.children())

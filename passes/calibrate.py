@@ -1,12 +1,11 @@
 """Sets clipping levels from data."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from saq_fx.annotation import record_of
 from saq_fx.errors import CalibrationError
@@ -14,7 +13,7 @@ from saq_fx.graph import SaqGraphModule
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
-from saq_fx.shapes import bind_inputs, evaluating
+from saq_fx.shapes import bind_inputs, evaluating, interpreted, replaced_forwards
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 _SAMPLES_PER_BATCH = 2**14
@@ -42,15 +41,20 @@ class Calibrate(Pass):
         Raises:
             CalibrationError: values that are not finite; names the quantizer.
         """
-        observer = _Observer(gm)
-        with evaluating(gm):
+        observers = {path: _Observer(path) for path, module in gm.named_modules() if isinstance(module, Quantizer)}
+        forwards = {gm.get_submodule(path): observer for path, observer in observers.items()}
+        with evaluating(gm), interpreted(gm), replaced_forwards(forwards):
             for batch in self.batches:
-                observer.run(*bind_inputs(gm, *split_inputs(batch)))
+                args, kwargs = split_inputs(batch)
+                bind_inputs(gm, args, kwargs)
+                gm(*args, **kwargs)
         recipe = record_of(gm).recipe or Recipe()
-        for path, samples in observer.samples.items():
+        for path, observer in observers.items():
             quantizer: Any = gm.get_submodule(path)
+            if not observer.samples:
+                continue
             try:
-                quantizer.initialize(torch.cat(samples) if len(samples) > 1 else samples[0], recipe.calibration)
+                quantizer.initialize(torch.cat(observer.samples), recipe.calibration)
             except CalibrationError as error:
                 if self.skip_nonfinite:
                     continue
@@ -58,25 +62,17 @@ class Calibrate(Pass):
         return PassResult(gm, modified=False)
 
 
-class _Observer(fx.Interpreter):
-    """Runs the graph in float and keeps samples of what enters each quantizer."""
+class _Observer:
+    """Stands for a quantizer: keeps samples of what enters it, and lets it through."""
 
-    def __init__(self, gm: SaqGraphModule) -> None:
-        super().__init__(gm)
-        self.samples: dict[str, list[Tensor]] = defaultdict(list)
+    def __init__(self, path: str) -> None:
+        self.samples: list[Tensor] = []
+        self._is_weight = "weight_quantizer" in path.rpartition(".")[2]
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
-        if not isinstance(module, Quantizer):
-            return super().call_module(target, args, kwargs)
-        (value,) = args
-        self._keep(target, value)
+    def __call__(self, value: Tensor) -> Tensor:
+        if self._is_weight:
+            self.samples = [value]
+        else:
+            flat = value.flatten()
+            self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_BATCH)])
         return value
-
-    def _keep(self, target: str, value: Tensor) -> None:
-        if "weight_quantizer" in target.rpartition(".")[2]:
-            self.samples[target] = [value]
-            return
-        flat = value.flatten()
-        stride = max(1, flat.numel() // _SAMPLES_PER_BATCH)
-        self.samples[target].append(flat[::stride])

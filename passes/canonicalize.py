@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from saq_fx.attention import can_open, open_multihead_attention
-from saq_fx.graph import SaqGraphModule
+from saq_fx.graph import SaqGraphModule, graphs
 from saq_fx.modes import TrainingFlag
 from saq_fx.operators import operator_named, operator_of
 from saq_fx.pass_base import Pass, PassResult
@@ -42,11 +42,15 @@ class Canonicalize(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place."""
-        modified = False
-        for node in list(gm.graph.nodes):
-            modified |= _rewrite_module(gm, node) if node.op == "call_module" else _rewrite_call(node)
-        modified |= _merge_tied_parameters(gm)
-        return PassResult(gm, modified)
+        modified = [_rewrite_graph(part) for _, part in graphs(gm)]
+        return PassResult(gm, any(modified))
+
+
+def _rewrite_graph(gm: SaqGraphModule) -> bool:
+    modified = False
+    for node in list(gm.graph.nodes):
+        modified |= _rewrite_module(gm, node) if node.op == "call_module" else _rewrite_call(node)
+    return _merge_tied_parameters(gm) or modified
 
 
 def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
@@ -61,6 +65,8 @@ def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
         expand = _expand_transposed_convolution
     elif kind in _LINEAR:
         expand = _expand_linear
+    elif kind is nn.Embedding and module.max_norm is None:
+        expand = _expand_embedding
     elif kind is nn.MultiheadAttention and can_open(module):
         expand = _expand_attention
     else:
@@ -91,6 +97,10 @@ class _Operands:
         self.args: tuple[Any, ...]
         self.kwargs: dict[str, Any]
         self.args, self.kwargs = as_proxies((node.args, node.kwargs), tracer)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
+        """A node that calls a function."""
+        return self._tracer.create_proxy("call_function", function, args, {})
 
     @property
     def input(self) -> fx.Proxy:
@@ -123,14 +133,15 @@ def _expand_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) 
         padding = 0
     function = operator_named(_CONVOLUTIONS[type(conv)]).function
     weight, bias = operands.parameter("weight"), operands.parameter("bias")
-    return function(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+    return operands.call(function, x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def _expand_transposed_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
     conv: Any = gm.get_submodule(str(node.target))
     function = operator_named(_TRANSPOSED[type(conv)]).function
     weight, bias = operands.parameter("weight"), operands.parameter("bias")
-    return function(
+    return operands.call(
+        function,
         operands.input,
         weight,
         bias,
@@ -143,7 +154,13 @@ def _expand_transposed_convolution(gm: SaqGraphModule, node: fx.Node, operands: 
 
 
 def _expand_linear(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
-    return F.linear(operands.input, operands.parameter("weight"), operands.parameter("bias"))  # type: ignore[arg-type]
+    return operands.call(F.linear, operands.input, operands.parameter("weight"), operands.parameter("bias"))
+
+
+def _expand_embedding(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
+    table: Any = gm.get_submodule(str(node.target))
+    options = (table.padding_idx, None, table.norm_type, table.scale_grad_by_freq, table.sparse)
+    return operands.call(F.embedding, operands.input, operands.parameter("weight"), *options)
 
 
 def _expand_attention(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
@@ -160,6 +177,9 @@ def _merge_tied_parameters(gm: SaqGraphModule) -> bool:
         owner, _, name = str(node.target).rpartition(".")
         kept = first.setdefault(id(getattr(gm.get_submodule(owner), name)), node)
         if kept is not node:
+            if all(user.target is F.embedding for user in kept.users):
+                # Layers are named by their weights, and a table tied to a layer's weight is none at first.
+                kept.target = node.target
             node.replace_all_uses_with(kept)
             gm.graph.erase_node(node)
             modified = True

@@ -91,7 +91,9 @@ def _leaf(gm: SaqGraphModule, quantizer: str, side: str) -> Perturbation:
 
 
 def _leaves(gm: SaqGraphModule) -> list[str]:
-    return [path for path, module in gm.named_modules() if isinstance(module, Perturbation)]
+    """Those of this graph; its parts have their own."""
+    targets = dict.fromkeys(str(node.target) for node in gm.graph.nodes if node.op == "call_module")
+    return [path for path in targets if isinstance(gm.get_submodule(path), Perturbation)]
 
 
 def _insert(quantizer: fx.Node, path: str, side: str) -> None:

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from saq_fx.annotation import LayerAnnotation, record_of, update, update_record
+from saq_fx.annotation import LayerAnnotation, join_path, layer_nodes, record_of, update, update_record
 from saq_fx.dataflow import tensor_at
 from saq_fx.errors import PatternError
-from saq_fx.graph import SaqGraphModule, layers, unused_path
+from saq_fx.graph import SaqGraphModule, graphs, layers, unused_path
 from saq_fx.operators import operator_named
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import LayerKey
@@ -36,17 +36,34 @@ class InsertQuantizers(Pass):
         scheme = self.recipe.scheme or ("lsq" if _has_attention(gm) else "clip")
         signed = _signed_overrides(gm, self.recipe)
         modified = record_of(gm).recipe != self.recipe
-        for node, layer in list(layers(gm)):
-            layer = update(node, activation_signed=signed.get(layer.name, layer.activation_signed))
-            if layer.input_quantizer is None and not layer.reads_network_input:
-                make = _activation_quantizer_maker(layer, scheme, layer.activation_signed, self.recipe)
-                _insert(gm, node, layer, layer.activation_operand, "input_quantizer", make)
-                modified = True
-            if layer.weight_quantizer is None:
-                _insert_second(gm, node, layer, scheme, self.recipe)
-                modified = True
+        for path, part in graphs(gm):
+            for node, layer in list(layer_nodes(part.graph)):
+                layer = update(node, activation_signed=signed.get(layer.name, layer.activation_signed))
+                site = _Site(part, node, layer, layer.name.removeprefix(path).removeprefix("."))
+                modified |= _insert_both(site, scheme, self.recipe)
         update_record(gm, recipe=self.recipe)
         return PassResult(gm, modified)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A layer that gets its quantizers: its graph, node and annotation, and its name within the graph."""
+
+    graph_module: SaqGraphModule
+    node: fx.Node
+    layer: LayerAnnotation
+    name: str
+
+
+def _insert_both(site: _Site, scheme: str, recipe: Recipe) -> bool:
+    layer = site.layer
+    lacks_input = layer.input_quantizer is None and not layer.reads_network_input
+    if lacks_input:
+        make = _activation_quantizer_maker(layer, scheme, layer.activation_signed, recipe)
+        _insert(site, layer.activation_operand, "input_quantizer", make)
+    if layer.weight_quantizer is None:
+        _insert_second(site, scheme, recipe)
+    return lacks_input or layer.weight_quantizer is None
 
 
 def _has_attention(gm: SaqGraphModule) -> bool:
@@ -64,10 +81,11 @@ def _signed_overrides(gm: SaqGraphModule, recipe: Recipe) -> dict[str, bool]:
     return overrides
 
 
-def _insert_second(gm: SaqGraphModule, node: fx.Node, layer: LayerAnnotation, scheme: str, recipe: Recipe) -> None:
+def _insert_second(site: _Site, scheme: str, recipe: Recipe) -> None:
+    gm, node, layer = site.graph_module, site.node, site.layer
     if layer.is_product:
         make = _activation_quantizer_maker(layer, scheme, layer.weight_signed, recipe)
-        _insert(gm, node, layer, layer.weight_operand, "other_quantizer", make)
+        _insert(site, layer.weight_operand, "other_quantizer", make)
         return
     weight: fx.Node = node.args[layer.weight_operand]  # type: ignore[assignment]
     shared = next((user for user in weight.users if _is_weight_quantizer(gm, user)), None)
@@ -78,9 +96,7 @@ def _insert_second(gm: SaqGraphModule, node: fx.Node, layer: LayerAnnotation, sc
     channels = _output_channels(gm, layer, weight) if recipe.per_channel else None
     normalize = recipe.normalize_weights and layer.op.startswith("conv") and _feeds_batchnorm(gm, node)
     _insert(
-        gm,
-        node,
-        layer,
+        site,
         layer.weight_operand,
         "weight_quantizer",
         lambda device, dtype: _weight_quantizer(layer, scheme, normalize, channels, device, dtype),
@@ -146,13 +162,13 @@ def _output_channels(gm: SaqGraphModule, layer: LayerAnnotation, weight: fx.Node
     return axis % len(shape), shape[axis]
 
 
-def _insert(
-    gm: SaqGraphModule, node: fx.Node, layer: LayerAnnotation, operand: int, name: str, make: QuantizerMaker
-) -> None:
+def _insert(site: _Site, operand: int, name: str, make: QuantizerMaker) -> None:
     """Adds a quantizer module under the layer's path and its node in front of one operand."""
+    gm, node, layer = site.graph_module, site.node, site.layer
     source: fx.Node = node.args[operand]  # type: ignore[assignment]
-    path = _quantizer_path(gm, layer.name, name)
-    reference = tensor_at(gm, layer.weight) if layer.weight is not None else next(gm.parameters(), None)
+    path = _quantizer_path(gm, site.name, name)
+    weight = tensor_at(gm, layer.weight) if layer.weight is not None else None
+    reference = next(gm.parameters(), None) if weight is None else weight
     device = reference.device if reference is not None else None
     dtype = reference.dtype if reference is not None and reference.is_floating_point() else None
     gm.add_submodule(path, make(device, dtype))
@@ -169,8 +185,8 @@ def _quantizer_path(gm: SaqGraphModule, layer: str, name: str) -> str:
     """`layer.input_quantizer`; `layer.input_quantizer_1` for a further call of it, `layer@1`."""
     base, _, _ = layer.partition("@")
     holder: nn.Module | None = gm
-    for part in base.split("."):
+    for part in base.split(".") if base else []:
         holder = getattr(holder, part, None)
     if holder is not None and not isinstance(holder, nn.Module):
         return unused_path(gm, f"{base}_{name}")
-    return unused_path(gm, f"{base}.{name}")
+    return unused_path(gm, join_path(base, name))

@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from saq_fx.attention import open_scaled_dot_product_attention
-from saq_fx.graph import SaqGraphModule
+from saq_fx.graph import SaqGraphModule, graphs
 from saq_fx.operators import operator_of
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.rewriting import Tracer, as_proxies, replace_node
@@ -22,9 +22,9 @@ class OpenAttention(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place."""
-        fused = [node for node in gm.graph.nodes if _is_fused_attention(node)]
+        fused = [node for _, part in graphs(gm) for node in part.graph.nodes if _is_fused_attention(node)]
         for node in fused:
-            replace_node(gm.graph, node, lambda tracer, node=node: _opened(node, tracer))  # type: ignore[misc]
+            replace_node(node.graph, node, lambda tracer, node=node: _opened(node, tracer))  # type: ignore[misc]
         return PassResult(gm, bool(fused))
 
 

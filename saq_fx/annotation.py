@@ -56,6 +56,16 @@ class LayerAnnotation:
         """Whether both operands are activations, as in attention."""
         return self.weight is None
 
+    def under(self, path: str) -> "LayerAnnotation":
+        """The same layer, its modules and weight named from outside, where its graph is a part at `path`."""
+        paths = {field: getattr(self, field) for field in ("weight", "input_quantizer", "weight_quantizer")}
+        return replace(self, **{field: join_path(path, inner) for field, inner in paths.items() if inner is not None})
+
+
+def join_path(outer: str, inner: str) -> str:
+    """The path of `inner`, which is relative to the module at `outer`; either may be ''."""
+    return f"{outer}.{inner}" if outer and inner else outer or inner
+
 
 def effective_precision(wanted: Precision, *, is_product: bool, reads_network_input: bool) -> Precision:
     """The precision that a layer has when it is asked for `wanted`, in bits.
@@ -76,9 +86,19 @@ class GraphRecord:
 
     `tracing` is the way taken from model to graph; `uncounted` lists operations with arithmetic whose MACs are not in
     the report, as (name, reason); `recipe` is what the quantizers were made by, None before they were.
+
+    Of a model captured by parts, `parts` are the paths of the outermost graphs inside this one, and `untraced` the
+    operations of the table that run in Python around them, as (name, reason). Of a part, the last three fields say how
+    it stands in the data flow around it: no other part feeds it, it feeds no other part, and it reads the network's
+    input as it is.
     """
 
     tracing: str = "given graph"
+    parts: tuple[str, ...] = ()
+    untraced: tuple[tuple[str, str], ...] = ()
+    is_first: bool = True
+    is_last: bool = True
+    reads_network_input: bool = True
     uncounted: tuple[tuple[str, str], ...] = ()
     annotated: bool = False
     recipe: Recipe | None = None

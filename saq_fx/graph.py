@@ -2,7 +2,8 @@
 
 import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx, nn
@@ -10,7 +11,7 @@ from torch.fx.graph_module import _copy_attr
 from torch.fx.node import _get_qualified_name
 
 from saq_fx import annotation
-from saq_fx.annotation import LayerAnnotation
+from saq_fx.annotation import LayerAnnotation, join_path, record_of
 from saq_fx.precision import Precision
 
 
@@ -35,6 +36,24 @@ class SaqGraphModule(fx.GraphModule):
         self._keep_out_of_state({name for name, _ in self.named_buffers()} - set(root.state_dict(keep_vars=True)))
         self.training = root.training
         self.register_load_state_dict_post_hook(_read_bits)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def around(cls, model: nn.Module, graph: fx.Graph) -> "SaqGraphModule":
+        """A module that has all that `model` has, and a graph that runs its forward as `get_attr python_model`."""
+        gm = cls(nn.Module(), fx.Graph(), type(model).__name__)
+        hooks = gm._load_state_dict_post_hooks
+        vars(gm).update(vars(model))
+        gm._load_state_dict_post_hooks = hooks
+        gm._python_class = type(model)
+        gm.graph = graph
+        return gm
+
+    @property
+    def python_model(self) -> nn.Module:
+        """This module as an object of the class of the model that `around` was given; both have one state."""
+        model: nn.Module = object.__new__(self._python_class)  # type: ignore[call-overload]
+        model.__dict__ = self.__dict__
+        return model
 
     def _keep_out_of_state(self, buffers: set[str]) -> None:
         """Buffers that the model does not save (constants met while tracing, too) are not saved here either."""
@@ -174,9 +193,48 @@ def _read_bits(gm: Any, incompatible_keys: Any) -> None:
         annotation.update(node, precision=Precision(weight, activation))
 
 
-def layers(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerAnnotation]]:
+def run_eagerly(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    more_args: Sequence[Any] = (),
+    more_kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """Runs a model's forward as Python does: the one operation of a graph that stands for an untraceable model."""
+    # Of the class: what is set on the object is a forward of the graph.
+    return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)
+
+
+def graphs(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[str, SaqGraphModule]]:
+    """A captured model's graph and those of its parts, each with its path; a part comes after what holds it."""
+    yield path, gm  # type: ignore[misc]
+    for inner, part in parts_of(gm).items():
+        yield from graphs(part, join_path(path, inner))
+
+
+def parts_of(gm: fx.GraphModule) -> dict[str, SaqGraphModule]:
+    """The outermost graphs inside a graph, by path; none where the whole model was traced."""
+    return {path: gm.get_submodule(path) for path in record_of(gm).parts}  # type: ignore[misc]
+
+
+def held_by(node: fx.Node, paths: Iterable[str]) -> list[str]:
+    """Those parts, of the given paths, that run when a node does."""
+    if node.op == "call_function" and node.target is run_eagerly:
+        return list(paths)
+    if node.op != "call_module":
+        return []
+    return [path for path in paths if path == node.target or path.startswith(f"{node.target}.")]
+
+
+def layers(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[fx.Node, LayerAnnotation]]:
     """Every annotated layer of a prepared model, in the order of execution."""
-    yield from annotation.layer_nodes(gm.graph)
+    parts = parts_of(gm)
+    for node in gm.graph.nodes:
+        layer = annotation.annotation_of(node)
+        if layer is not None:
+            yield node, layer.under(path) if path else layer
+        for inner in held_by(node, list(parts)):
+            yield from layers(parts.pop(inner), join_path(path, inner))
 
 
 def unused_path(gm: nn.Module, path: str) -> str:

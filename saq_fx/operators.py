@@ -25,7 +25,7 @@ class Operator:
     """One quantizable operation.
 
     Args:
-        name: what reports call it.
+        name: what reports call it; "embedding" multiplies nothing, and only its weight can be quantized.
         function: the canonical function that nodes of this operation call.
         parameters: names of its arguments, in order.
         activation, weight: positions of the two multiplied operands. Either may be an activation in a given call.
@@ -201,6 +201,15 @@ OPERATORS: tuple[Operator, ...] = (
         channel_axis=None,
         aliases=(torch.ops.aten.scaled_dot_product_attention.default,),
     ),
+    Operator(
+        "embedding",
+        F.embedding,
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+        activation=0,
+        weight=1,
+        macs=lambda args, output: 0,
+        channel_axis=1,
+    ),
 )
 
 
@@ -232,6 +241,13 @@ def operator_of(node: fx.Node) -> Operator | None:
     if node.op == "call_method":
         return _BY_METHOD.get(str(node.target))
     return None
+
+
+def operator_called(function: Callable[..., Any]) -> Operator | None:
+    """The entry that a function or a method of tensors belongs to, None for any other."""
+    name = getattr(function, "__name__", "")
+    is_method = getattr(torch.Tensor, name, None) is function
+    return _BY_FUNCTION.get(function) or (_BY_METHOD.get(name) if is_method else None)
 
 
 def quantizable_names() -> frozenset[str]:

@@ -14,7 +14,7 @@ from torch import fx
 
 from saq_fx.annotation import record_of
 from saq_fx.errors import PassError, SaqError
-from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.graph import SaqGraphModule, graphs, layers
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ FACTS: dict[str, Callable[[SaqGraphModule], str | None]] = {
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """One rewrite of the graph. A subclass states its rule, formula and source in its docstring."""
+    """One rewrite of the graph. A subclass states its rule, formula and source in its docstring.
+
+    A pass that runs the graph interprets it (`saq_fx.shapes.interpreted`): what was compiled may be out of date.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
@@ -103,7 +106,7 @@ class Pipeline:
     after_each: Callable[[PassTiming, fx.GraphModule], None] | None = None
 
     def run(self, gm: SaqGraphModule) -> PassResult:
-        """Runs every pass; lints and recompiles once after each that changed the graph.
+        """Runs every pass; lints after each that changed the graph, and recompiles before anyone else sees it.
 
         Raises:
             PassError: a contract does not hold, or a pass failed; names the pass and those already run.
@@ -119,16 +122,24 @@ class Pipeline:
             gm, modified = result.graph_module, modified or result.modified
             done.append(each.name)
             if self.after_each is not None:
+                _recompile(gm)
                 self.after_each(timing, gm)
+        if modified:
+            _recompile(gm)
         return PassResult(gm, modified)
+
+
+def _recompile(gm: SaqGraphModule) -> None:
+    for _, part in graphs(gm):
+        part.recompile()
 
 
 def _run_checked(each: Pass, gm: SaqGraphModule, description: str) -> PassResult:
     try:
         result = each.run(gm)
         if result.modified:
-            result.graph_module.graph.lint()
-            result.graph_module.recompile()
+            for _, part in graphs(result.graph_module):
+                part.graph.lint()
     except SaqError:
         raise
     except Exception as error:

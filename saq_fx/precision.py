@@ -40,7 +40,7 @@ class Precision:
 
     @classmethod
     def parse(cls, value: "PrecisionLike") -> "Precision":
-        """Read "W4A4" or a (weight, activation) pair; a Precision is returned as it is.
+        """Read "W4A4", "float" or a (weight, activation) pair; a Precision is returned as it is.
 
         Raises PrecisionError for anything else.
         """
@@ -48,6 +48,8 @@ class Precision:
             return value
         if isinstance(value, tuple) and len(value) == 2:
             return cls(*value)
+        if value == "float":
+            return cls(FLOAT_BITS, FLOAT_BITS)
         match = re.fullmatch(r"W([0-9]{1,2})A([0-9]{1,2})", value) if isinstance(value, str) else None
         if match is None:
             raise PrecisionError(f"{value!r} is no precision; write weight and activation bits like 'W4A4'")
@@ -82,7 +84,8 @@ class Policy(Mapping[str, Precision]):
     """An immutable mapping from layer names or patterns to precisions, with an optional default.
 
     A key is an exact layer name, a glob ("layer1.*"), an operator ("op:conv2d") or a module class
-    ("class:BasicBlock"). The order of the keys is part of the policy: of several patterns the last one wins.
+    ("class:BasicBlock"). The order of the keys is part of the policy: of several patterns the last one wins. What is to
+    stay in float is given the precision "float".
     Raises PrecisionError, naming the key, for an entry that is no precision.
     """
 

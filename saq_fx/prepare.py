@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from saq_fx.annotation import LayerAnnotation, record_of
+from saq_fx.capture import capture
 from saq_fx.errors import CalibrationError, PrecisionError, SaqError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.pass_base import Pipeline, check_facts
@@ -18,11 +20,11 @@ from saq_fx.passes.open_attention import OpenAttention
 from saq_fx.precision import Policy, Precision
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
-from saq_fx.tracing import ExampleInputs, trace
+from saq_fx.tracing import ExampleInputs
 
 
 def prepare_saq(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     example_inputs: ExampleInputs | None = None,
     precision: str | Precision | Policy | None = "W4A4",
@@ -31,7 +33,7 @@ def prepare_saq(
     """Rewrites a model into a quantized graph with a precision on every layer. The model itself is not changed.
 
     Args:
-        model: any module, or a `GraphModule` traced before.
+        model: any module, a `GraphModule` traced before, or an `ExportedProgram`.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Gives shapes and MACs (for
             one sample) and first clipping levels. Without it reports and budgets are not available, and levels are
             set by the first batch that the graph sees.
@@ -43,27 +45,37 @@ def prepare_saq(
         TracingError: the model cannot be captured; names the module and the source line.
         PatternError: a policy's pattern matches no layer.
     """
-    if not isinstance(model, nn.Module):
-        raise SaqError(f"prepare_saq takes an nn.Module, not {type(model).__name__}")
-    gm = trace(model, example_inputs)
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise SaqError(f"prepare_saq takes an ExportedProgram or an nn.Module, not {type(model).__name__}")
+    gm = capture(model, example_inputs)
     if record_of(gm).recipe is not None:
         raise SaqError("this graph is quantized already: use apply_policy to change its bits")
     if precision is None:
         Pipeline((Canonicalize(), AnnotateLayers(example_inputs))).run(gm)
         return gm
+    _check_values(gm)
     recipe = recipe or Recipe()
     policy = precision if isinstance(precision, Policy) else Policy.uniform(precision)
     Pipeline(
         (
             Canonicalize(),
             OpenAttention(),
-            AnnotateLayers(example_inputs),
+            AnnotateLayers(example_inputs, recipe.embeddings),
             AssignPrecision(policy, recipe.first_last),
             InsertQuantizers(recipe),
             Calibrate(() if example_inputs is None else (example_inputs,), skip_nonfinite=True),
         )
     ).run(gm)
     return gm
+
+
+def _check_values(gm: SaqGraphModule) -> None:
+    for name, parameter in gm.named_parameters():
+        if parameter.is_meta:
+            raise SaqError(
+                f"parameter {name} is on the meta device and has no values to fit clipping levels to: load the weights "
+                "first (to_empty, load_state_dict), or prepare with precision=None for costs alone"
+            )
 
 
 def apply_policy(gm: SaqGraphModule, policy: Policy | Precision | str) -> None:

@@ -6,6 +6,7 @@ step, and offset, over integer levels with zero among them.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ _SMALLEST_SHARE = 0.1
 """Levels are used at no less than this share of what they were fitted to: a collapsed level never recovers."""
 
 _INITIALISATION_SAMPLES = 2**14
-_CANDIDATE_LEVELS = 16
+_CANDIDATES = 16
+_COARSE = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES)[:, None, None]
+_FINE = torch.linspace(-0.75, 0.75, 7)[:, None, None] / _CANDIDATES
+"""Levels that are tried, as shares of the largest magnitude: first these, then around the best of them."""
 
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:
@@ -200,8 +204,9 @@ class Quantizer(nn.Module):
         """The quantized tensor, of the shape and type of `x`."""
         if self.bits == FLOAT_BITS:
             return x
-        if not self.initialized and bool(torch.isfinite(x).all()):
-            self.initialize(x)
+        # Detached, or a checkpoint would save more in the first run than in the second.
+        if not self.initialized and bool(torch.isfinite(x.detach()).all()):
+            self.initialize(x.detach())
         return self.quantize(x)
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -311,7 +316,7 @@ class ClipWeightQuantizer(Quantizer):
             x, std = centered(x)
             x = x / std
         rows = _rows(x, self.clipping_level, self.channel_axis)
-        levels = _fit_level(rows.abs(), method, lambda level: clip_weight(rows, level, self.bits), rows)
+        levels = _fit_level(rows.abs(), method, lambda level: _ClipWeight.forward(rows, level, self.bits), rows)
         self.clipping_level.copy_(levels.reshape(self.clipping_level.shape))
 
 
@@ -343,7 +348,9 @@ class ClipActivationQuantizer(Quantizer):
     def fit(self, x: Tensor, method: str) -> None:
         """One level for the tensor."""
         rows = _rows(x, self.clipping_level, 0)
-        levels = _fit_level(rows.clamp_min(0), method, lambda level: clip_activation(rows, level, self.bits), rows)
+        levels = _fit_level(
+            rows.clamp_min(0), method, lambda level: _ClipActivation.forward(rows, level, self.bits), rows
+        )
         self.clipping_level.copy_(levels.reshape(self.clipping_level.shape))
 
 
@@ -394,7 +401,9 @@ class StepQuantizer(Quantizer):
         low, high = integer_range(self.bits, self.signed)
         if self.offset is None:
             magnitude = rows.abs() if self.signed else rows.clamp_min(0)
-            levels = _fit_level(magnitude, method, lambda level: lsq(rows, level / high, self.bits, self.signed), rows)
+            levels = _fit_level(
+                magnitude, method, lambda level: _Step.forward(rows, level / high, None, low, high), rows
+            )
             self.step.copy_((levels / high).reshape(self.step.shape))
             return
         center = (rows.amax(1, keepdim=True) + rows.amin(1, keepdim=True)) / 2
@@ -403,7 +412,7 @@ class StepQuantizer(Quantizer):
 
         def reconstruct(level: Tensor) -> Tensor:
             step = 2 * level / (high - low)
-            return lsq_plus(rows, step, center - offset_of_center * step, self.bits, self.signed)
+            return _Step.forward(rows, step, center - offset_of_center * step, low, high)
 
         step = 2 * _fit_level(reach, method, reconstruct, rows) / (high - low)
         self.step.copy_(step.reshape(self.step.shape))
@@ -438,14 +447,17 @@ def _per_channel(level: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _rows(x: Tensor, level: Tensor, axis: int) -> Tensor:
-    """(levels, elements that share one), evenly thinned out where they are many."""
+    """(levels, elements that share one), evenly thinned out where they are many, in single precision at least."""
     rows = x.reshape(1, -1) if level.numel() == 1 else x.movedim(axis, 0).flatten(1)
     stride = max(1, x.numel() // _INITIALISATION_SAMPLES)
-    return rows[:, ::stride].to(level.dtype)
+    return rows[:, ::stride].to(torch.promote_types(level.dtype, torch.float32))
 
 
-def _fit_level(magnitude: Tensor, method: str, reconstruct: Any, rows: Tensor) -> Tensor:
-    """(levels, 1): the clipping level of each row of magnitudes; rows of zeros get 1."""
+def _fit_level(magnitude: Tensor, method: str, reconstruct: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """(levels, 1): the clipping level of each row of magnitudes; rows of zeros get 1.
+
+    `reconstruct` quantizes `rows` by levels (candidates, levels, 1), all candidates at once.
+    """
     largest = magnitude.amax(1, keepdim=True)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     if method == "max":
@@ -453,13 +465,9 @@ def _fit_level(magnitude: Tensor, method: str, reconstruct: Any, rows: Tensor) -
     if method == "percentile":
         level = magnitude.quantile(0.999, dim=1, keepdim=True)
         return torch.where(level > 0, level, largest)
-    best, least = largest, torch.full_like(largest, math.inf)
-    coarse = torch.linspace(1 / _CANDIDATE_LEVELS, 1, _CANDIDATE_LEVELS).tolist()
-    fine = torch.linspace(-0.75, 0.75, 7).div(_CANDIDATE_LEVELS).tolist()
-    for start, fractions in ((False, coarse), (True, fine)):
-        center = best if start else torch.zeros_like(best)
-        for fraction in fractions:
-            level = center + largest * fraction
-            error = (reconstruct(level) - rows).square().mean(1, keepdim=True)
-            best, least = torch.where(error < least, level, best), torch.minimum(error, least)
+    best = torch.zeros_like(largest)
+    for fractions in (_COARSE, _FINE):
+        candidates = best + largest * fractions.to(largest)
+        errors = (reconstruct(candidates) - rows).square_().mean(2, keepdim=True)
+        best = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
     return best

@@ -25,6 +25,8 @@ class Recipe:
             paper's MobileNetV2, SAQ Appendix A).
         calibration: how initial clipping levels are set: "mse", "max" or "percentile".
         first_last: precision of the first and last layers; None pins none of them.
+        embeddings: quantize embedding tables too, as layers without MACs. They stay in float otherwise: SAQ quantizes
+            what is multiplied, and a look-up costs nothing but memory.
         signed: layer name or glob -> whether its input activation is signed, where the producer does not tell.
 
     Raises:
@@ -37,6 +39,7 @@ class Recipe:
     activation_offsets: bool = False
     calibration: str = "mse"
     first_last: Precision | None = field(default_factory=lambda: Precision(8, 8))
+    embeddings: bool = False
     signed: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,18 +1,23 @@
 """The tracer: one recorded run of a model's forward, with example values where control flow asks for them."""
 
+import copy
 import importlib
 import inspect
 import operator
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
+from torch.utils import checkpoint
 
 from saq_fx.errors import TracingError
+from saq_fx.example_values import ExampleValues
 from saq_fx.modes import TrainingFlag
 from saq_fx.operators import quantizable_names
 
@@ -43,7 +48,8 @@ class SymbolicTracer(fx.Tracer):
     for being leaves (`fx.wrap`) are followed all the same if they multiply tensors.
 
     Where Python needs a value (`if`, `len`, `range`), it is computed from the example inputs, and a guard node makes
-    sure that a later run with other values is an error and not another function.
+    sure that a later run with other values is an error and not another function. A submodule whose code cannot be
+    followed, or that asks for a value which the network computes, is a leaf too; `untraceable` says why, by path.
 
     Args:
         arguments: name -> example value of each argument of `forward` that is in use; None traces without examples.
@@ -56,23 +62,33 @@ class SymbolicTracer(fx.Tracer):
         super().__init__()
         self.arguments = arguments
         self.fixed = fixed
-        self._examples = _Examples(self)
+        self.untraceable: dict[str, str] = {}
+        self._examples = ExampleValues(self, arguments or {})
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Records `root.forward`."""
         self._paths = set(root.modules())
-        with _following_wrapped_products(), _recording_factories():
-            return super().trace(root, concrete_args)
+        self._attributes = Attributes(root)
+        try:
+            with _following_wrapped_products(), _recording_factories(self), _rejecting_checkpoints():
+                return super().trace(root, concrete_args)
+        finally:
+            self._attributes.restore(root)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node of the graph."""
-        if type(m) is nn.MultiheadAttention:
+        if type(m) is nn.MultiheadAttention or module_qualified_name in self.untraceable:
             return True
         if any(True for _ in m.children()) or has_own_call(m):
             return False
         if super().is_leaf_module(m, module_qualified_name):
             return True
         return not any(True for _ in m.parameters()) and "training" in type(m).forward.__code__.co_names
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether what runs now is not recorded, but computes an example value."""
+        return self._examples.running
 
     def proxy(self, node: fx.Node) -> "GuardedProxy":
         """A stand-in for a node's value."""
@@ -99,10 +115,28 @@ class SymbolicTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Records a leaf, follows any other module."""
+        """Records a leaf, follows any other module as far as it can be followed."""
         if self._examples.running or m not in self._paths:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        if self.arguments is None or m is self.root:
+            return super().call_module(m, forward, args, kwargs)
+        last, stack = next(reversed(self.graph.nodes), None), copy.copy(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            self.module_stack = stack
+            self._attributes.restore(m)
+            self._erase_after(last)
+            path = self.path_of_module(m)
+            self.untraceable.setdefault(path, f"{source_line(error)}: {error}")
+            return self.create_proxy("call_module", path, args, kwargs)
+
+    def _erase_after(self, last: fx.Node | None) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+            self._examples.forget(node)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """An attribute of a module: a proxy for parameters, unless an example value is being computed."""
@@ -116,6 +150,8 @@ class SymbolicTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Items of a value whose length the example inputs tell."""
+        if not hasattr(self.example(obj), "__getitem__") or isinstance(self.example(obj), Mapping):
+            obj = self.create_proxy("call_function", list, (obj,), {})
         return iter([operator.getitem(obj, index) for index in range(self.concrete(obj, "len"))])
 
     def concrete(self, obj: fx.Proxy, kind: str) -> Any:
@@ -124,11 +160,18 @@ class SymbolicTracer(fx.Tracer):
         Raises:
             TracingError: there are no example inputs.
         """
-        if self.arguments is None:
-            raise TracingError(f"control flow depends on {kind}({obj.node}): pass example_inputs to decide it")
-        expected = _CONCRETE[kind](self._examples.value(obj.node))
+        value = self.example(obj)
+        if self._examples.is_computed(obj.node, kind):
+            raise TracingError(f"control flow depends on {kind}({obj.node}), which the network computes")
+        expected = _CONCRETE[kind](value)
         self.create_node("call_function", require_same_path, (obj.node, kind, expected), {})
         return expected
+
+    def example(self, obj: fx.Proxy) -> Any:
+        """The value of a proxy on the example inputs; raises TracingError where there are none."""
+        if self.arguments is None:
+            raise TracingError(f"control flow depends on the value of {obj.node}: pass example_inputs to decide it")
+        return self._examples.value(obj.node)
 
     def _flag_node(self, owner: str) -> fx.Node:
         module = self.root.get_submodule(owner)
@@ -143,13 +186,16 @@ class SymbolicTracer(fx.Tracer):
         keyword: dict[str, Any] = {}
         for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                if (self.arguments or {}).get(name):
+                    raise TracingError(f"a graph takes no {parameter}")
                 continue
             value = self._root_argument(name, parameter)
             if parameter.kind is parameter.KEYWORD_ONLY:
                 keyword[name] = value
             else:
                 positional.append(value)
-        return lambda *args: root_fn(*args, **keyword), positional
+        # As a call, not only its forward, so that the hooks of the model itself are recorded as well.
+        return lambda root, *args: _symbolic_trace._orig_module_call(root, *args, **keyword), positional
 
     def _root_argument(self, name: str, parameter: inspect.Parameter) -> Any:
         if name not in self.fixed:
@@ -183,48 +229,42 @@ class GuardedProxy(fx.Proxy):
         return float(self.tracer.concrete(self, "float"))
 
 
-class _Examples:
-    """Values of nodes on the example inputs, computed in the order of the graph and only as far as asked for."""
+class Attributes:
+    """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches)."""
 
-    def __init__(self, tracer: SymbolicTracer) -> None:
-        self.running = False
-        self._tracer = tracer
-        self._values: dict[fx.Node, Any] = {}
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = {module: [_shallow_copy(vars(module)), dict(module._buffers)] for module in model.modules()}
 
-    def value(self, node: fx.Node) -> Any:
-        """The value of a node."""
-        self.running = True
-        try:
-            with torch.no_grad(), torch.random.fork_rng():
-                for each in self._tracer.graph.nodes:
-                    if each not in self._values:
-                        self._values[each] = self._compute(each)
-        finally:
-            self.running = False
-        return self._values[node]
-
-    def _compute(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            given = (self._tracer.arguments or {}).get(str(node.target), node.args[0] if node.args else None)
-            return fx.node.map_aggregate(given, lambda item: item.clone() if isinstance(item, Tensor) else item)
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            value = getattr(self._tracer.root.get_submodule(owner), name)
-            # Running statistics that this run moves must not be the model's own.
-            return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        module = self._tracer.root.get_submodule(str(node.target))
-        with _evaluation_flags(module):
-            return module(*args, **kwargs)
+    def restore(self, model: nn.Module) -> None:
+        """Takes symbolic values out of the attributes of a model or a part of it."""
+        for module in model.modules():
+            for holder, before in zip((vars(module), module._buffers), self._saved.get(module, ({}, {})), strict=True):
+                for name in [name for name, value in holder.items() if _holds_proxy(value)]:
+                    del holder[name]
+                    if name in before:
+                        holder[name] = before[name]
 
 
-_FACTORIES = (
-    "arange", "empty", "eye", "finfo", "full", "iinfo", "linspace", "ones", "rand", "randn", "tensor", "zeros"
-)  # fmt: skip
+def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes, with copies of lists and dictionaries, which forward may fill."""
+    private = ("_parameters", "_buffers", "_modules")
+    return {
+        name: copy.copy(value) if isinstance(value, list | dict) and name not in private else value
+        for name, value in attributes.items()
+    }
+
+
+def _holds_proxy(value: Any) -> bool:
+    if isinstance(value, fx.Proxy):
+        return True
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list | tuple) and any(map(_holds_proxy, value))
+
+
+_FACTORIES = ("arange", "eye", "finfo", "iinfo", "linspace", "tensor")
+# What is random must be drawn anew in each run, and what is filled in place must be made anew.
+_ALWAYS_RECORDED = ("empty", "full", "normal", "ones", "rand", "randint", "randn", "randperm", "zeros")
 
 
 def class_name(cls: type) -> str:
@@ -250,14 +290,15 @@ def build_object(name: str, attributes: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _recording_factories() -> Iterator[None]:
-    """Within: functions that make tensors from sizes are recorded where a size is symbolic.
+def _recording_factories(tracer: SymbolicTracer) -> Iterator[None]:
+    """Within: functions that make tensors are recorded, those without effects only where a size is symbolic.
 
-    A graph cannot hold the scope of an autocast; it runs under the caller's.
+    A graph cannot hold the scope of an autocast; it runs under the caller's. Nor can it hold a checkpoint, whose
+    module therefore stays Python code.
     """
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
-    for name in _FACTORIES:
-        setattr(torch, name, _recorded(originals[name]))
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_ALWAYS_RECORDED, "autocast")}
+    for name in (*_FACTORIES, *_ALWAYS_RECORDED):
+        setattr(torch, name, _recorded(originals[name], tracer if name in _ALWAYS_RECORDED else None))
     torch.autocast = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment, misc]
     try:
         yield
@@ -266,29 +307,34 @@ def _recording_factories() -> Iterator[None]:
             setattr(torch, name, original)
 
 
-def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Becomes a node if any argument is a proxy."""
+def _recorded(function: Callable[..., Any], always_by: SymbolicTracer | None) -> Callable[..., Any]:
+    """Becomes a node if any argument is a proxy, or always, in the graph of a tracer."""
 
     def record(*args: Any, **kwargs: Any) -> Any:
         proxy = _symbolic_trace._find_proxy(args, kwargs)
-        if proxy is None:
+        tracer = always_by if proxy is None else proxy.tracer
+        if tracer is None or tracer.is_evaluating:
             return function(*args, **kwargs)
-        return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+        return tracer.create_proxy("call_function", function, args, kwargs)
 
     return record
 
 
 @contextmanager
-def _evaluation_flags(module: nn.Module) -> Iterator[None]:
-    """Within: a leaf's flags say evaluation, so that no running statistic moves while tracing."""
-    saved = {each: each.__dict__["training"] for each in module.modules()}
-    for each in saved:
-        each.__dict__["training"] = False
+def _rejecting_checkpoints() -> Iterator[None]:
+    """Within: checkpointing symbolic values is an error, for a graph would lose it, and with it the memory it saves."""
+    original = checkpoint._infer_device_type
+
+    def reject(*args: Any) -> Any:
+        if _symbolic_trace._find_proxy(args, {}) is not None:
+            raise TracingError("torch.utils.checkpoint runs its function a second time, which no graph does")
+        return original(*args)
+
+    checkpoint._infer_device_type = reject
     try:
         yield
     finally:
-        for each, flag in saved.items():
-            each.__dict__["training"] = flag
+        checkpoint._infer_device_type = original
 
 
 @contextmanager
@@ -341,3 +387,13 @@ def require_same_path(value: Any, kind: str, expected: Any) -> None:
             f"these inputs take another path through the model than the example inputs did: {kind} is "
             f"{actual}, it was {expected}. Prepare the model with example inputs of this kind"
         )
+
+
+def source_line(error: BaseException) -> str:
+    """The last line of the user's code on the way to an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (torch.__path__[0], os.path.dirname(__file__))
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    if not own:
+        return "no source line"
+    return f"{own[-1].filename}:{own[-1].lineno} `{own[-1].line}`"

@@ -7,8 +7,6 @@ where it steers an `if`, the model is traced in both modes and the two graphs ar
 
 import copy
 import inspect
-import os
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +18,13 @@ from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import merge_modes
-from saq_fx.symbolic import SymbolicTracer, TrainingMarker, add_training_flag
+from saq_fx.symbolic import SymbolicTracer, TrainingMarker, add_training_flag, source_line
 
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_inputs(example_inputs: ExampleInputs) -> Inputs:
     """Example inputs as (positional, keyword) arguments: a tensor, a sequence of positionals or a dict of keywords."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
@@ -35,7 +34,7 @@ def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[s
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
-    """Captures a copy of a model as a graph; the model itself is not changed.
+    """Captures a copy of a model as one graph; the model itself is not changed.
 
     Args:
         model: any module; a `GraphModule` is taken as it is.
@@ -44,18 +43,29 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqG
     Raises:
         TracingError: naming the module and the source line that symbolic tracing cannot follow.
     """
-    model = _copied(model)
+    model = copied(model)
     if isinstance(model, fx.GraphModule):
         gm = SaqGraphModule(model, model.graph)
         copy_record(model, gm)
         update_record(gm, tracing="given graph")
         return gm
-    gm = SaqGraphModule(model, _symbolic_graph(model, *_arguments(model, example_inputs)), type(model).__name__)
+    return trace_symbolically(model, None if example_inputs is None else split_inputs(example_inputs))[0]
+
+
+def trace_symbolically(model: nn.Module, inputs: Inputs | None) -> tuple[SaqGraphModule, dict[str, str]]:
+    """A graph of the model itself, and the submodules that had to stay leaves: path -> reason.
+
+    Raises:
+        TracingError: naming the module and the source line that symbolic tracing cannot follow.
+    """
+    graph, untraceable = _symbolic_graph(model, *_arguments(model, inputs))
+    gm = SaqGraphModule(model, graph, type(model).__name__)
     update_record(gm, tracing="symbolic")
-    return gm
+    return gm, untraceable
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; raises TracingError, saying why and what to do, for a model that has none."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -65,12 +75,12 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def _arguments(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Arguments of `forward` with example values (None: no examples), and those left at their defaults."""
     signature = inspect.signature(model.forward)
     given: dict[str, Any] | None = None
-    if example_inputs is not None:
-        args, kwargs = split_inputs(example_inputs)
+    if inputs is not None:
+        args, kwargs = inputs
         try:
             given = dict(signature.bind_partial(*args, **kwargs).arguments)
         except TypeError as error:
@@ -82,20 +92,6 @@ def _arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[
         if parameter.default is not parameter.empty and name not in (given or {})
     }
     return given, fixed
-
-
-@contextmanager
-def _keeping_attributes(model: nn.Module) -> Iterator[None]:
-    """Afterwards, attributes and buffers that forward replaced by symbolic values (caches) are what they were."""
-    saved = [(holder, dict(holder)) for module in model.modules() for holder in (vars(module), module._buffers)]
-    try:
-        yield
-    finally:
-        for holder, before in saved:
-            for name in [name for name, value in holder.items() if isinstance(value, fx.Proxy)]:
-                del holder[name]
-                if name in before:
-                    holder[name] = before[name]
 
 
 @contextmanager
@@ -114,34 +110,25 @@ def _marked_training(model: nn.Module, training: bool | None = None) -> Iterator
             module.__dict__["training"] = flag
 
 
-def _symbolic_graph(model: nn.Module, arguments: dict[str, Any] | None, fixed: dict[str, Any]) -> fx.Graph:
+def _symbolic_graph(
+    model: nn.Module, arguments: dict[str, Any] | None, fixed: dict[str, Any]
+) -> tuple[fx.Graph, dict[str, str]]:
     mode = model.training
     with _marked_training(model, mode) as markers:
-        graph = _run_tracer(model, SymbolicTracer(arguments, fixed))
+        graph, untraceable = _run_tracer(model, SymbolicTracer(arguments, fixed))
     if not any(marker.steered for marker in markers):
-        return graph
+        return graph, untraceable
     with _marked_training(model, not mode):
-        other = _run_tracer(model, SymbolicTracer(arguments, fixed))
+        other, further = _run_tracer(model, SymbolicTracer(arguments, fixed))
     add_training_flag(model, mode)
-    return merge_modes(graph, other) if mode else merge_modes(other, graph)
+    return merge_modes(graph, other) if mode else merge_modes(other, graph), further | untraceable
 
 
-def _run_tracer(model: nn.Module, tracer: SymbolicTracer) -> fx.Graph:
+def _run_tracer(model: nn.Module, tracer: SymbolicTracer) -> tuple[fx.Graph, dict[str, str]]:
     try:
-        with _keeping_attributes(model):
-            return tracer.trace(model)
+        return tracer.trace(model), tracer.untraceable
     except Exception as error:
         path = next(reversed(tracer.module_stack.values()), ("", None))[0] or "the model itself"
         raise TracingError(
-            f"{type(model).__name__} cannot be traced symbolically: module {path!r}, {_source_line(error)}: {error}"
+            f"{type(model).__name__} cannot be traced symbolically: module {path!r}, {source_line(error)}: {error}"
         ) from error
-
-
-def _source_line(error: BaseException) -> str:
-    """The last line of the user's code on the way to an error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = (torch.__path__[0], os.path.dirname(__file__))
-    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
-    if not own:
-        return "no source line"
-    return f"{own[-1].filename}:{own[-1].lineno} `{own[-1].line}`"

@@ -12,7 +12,8 @@ PASSES_LAYER = 3
 LAYERS = {
     0: "errors precision recipe quantizers mixtures sharpness allocation batching parallel parameters"
     " training_recipe distillation",
-    1: "annotation attention dataflow graph modes operators pass_base rewriting shapes symbolic tracing",
+    1: "annotation attention capture dataflow example_values exported graph modes operators pass_base recording "
+    "rewriting shapes symbolic tracing",
     2: "cost report plots",
     3: "training",
     4: "__init__ prepare search checkpoint data models networks cli demo train_command",

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from saq_fx.annotation import record_of
 from saq_fx.errors import TracingError
+from saq_fx.graph import layers
+from saq_fx.prepare import prepare_saq
 from saq_fx.tracing import trace
 
 
@@ -171,3 +173,35 @@ def test_errors_name_model_and_argument() -> None:
 def test_the_way_taken_is_recorded() -> None:
     assert record_of(trace(Optional())).tracing == "symbolic"
     assert record_of(trace(torch.fx.symbolic_trace(nn.Linear(2, 2)))).tracing == "given graph"
+
+
+class Normalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dropout(torch.relu(self.norm(self.conv(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("exported_in_training", [False, True])
+def test_an_exported_program_follows_the_mode(exported_in_training: bool) -> None:
+    model, x = Normalized().train(exported_in_training), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(model, (x,))
+    gm = prepare_saq(program, example_inputs=x, precision=None)
+    assert record_of(gm).tracing == "given program"
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    for training in (False, True):
+        results = []
+        for module in (model.train(training), gm.train(training)):
+            module.zero_grad()
+            torch.manual_seed(0)
+            output = module(x)
+            output.sum().backward()
+            results.append([output, *(each.grad for each in module.parameters()), module.norm.running_var])
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    names = [layer.name for _, layer in layers(prepare_saq(program, example_inputs=x))]
+    assert names == ["conv", "head"]

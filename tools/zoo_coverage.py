@@ -1,8 +1,9 @@
 """Prepares the models of torchvision, timm and transformers, and writes what worked to `docs/coverage.md`.
 
-For each model: the way taken, the share of MACs that is quantized, whether the float graph equals the model bit for bit
-(outputs and gradients in both modes), whether a W4A4 forward and backward is finite, whether copies compute the same,
-seconds.
+For each model: the way taken; the share of MACs that is quantized; whether the float graph equals the model bit for
+bit, outputs and gradients in both modes, on the example inputs and on inputs of another shape where the model takes
+them; whether a W4A4 forward and backward is finite; whether a deep copy, and a second model that loads the state dict,
+compute the same; seconds; what is left in float.
 
 `python tools/zoo_coverage.py [--out docs/coverage.md] [--only NAME ...] [--largest PARAMETERS]`
 """
@@ -24,11 +25,14 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from saq_fx import precision_report, prepare_saq
-from saq_fx.errors import SaqError
+from saq_fx.errors import TracingError
 from saq_fx.tracing import split_inputs
 
 Maker = Callable[[], tuple[nn.Module, Any]]
-HEADERS = ("model", "way", "MACs quantized, %", "float graph", "W4A4", "copies", "seconds", "left in float, or why not")
+HEADERS = (
+    "model", "way", "MACs quantized, %", "float graph", "other shape", "W4A4", "deepcopy", "state dict", "seconds",
+    "left in float, or why not",
+)  # fmt: skip
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -48,7 +52,8 @@ def run(module: nn.Module, inputs: Any) -> tuple[list[Tensor], dict[str, Tensor]
     args, kwargs = split_inputs(inputs)
     torch.manual_seed(1)
     outputs = [each for each in tensors(module(*args, **kwargs)) if each.is_floating_point()]
-    torch.stack([each.square().mean() for each in outputs]).sum().backward()
+    losses = [each.square().sum() / max(1, each.numel()) for each in outputs if each.requires_grad]
+    torch.stack(losses).sum().backward()
     return outputs, {name: each.grad for name, each in module.named_parameters() if each.grad is not None}
 
 
@@ -65,6 +70,33 @@ def equality(model: nn.Module, gm: nn.Module, inputs: Any) -> str:
     return "exact" if worst == 0 else f"{worst:.1e}"
 
 
+def resized(value: Any) -> Any:
+    """Inputs of another shape: images 32 pixels higher, videos of twice the frames, sequences two tokens shorter."""
+    if isinstance(value, Tensor):
+        if value.dim() == 5:
+            return torch.cat([value, value], 2)
+        axis = -2 if value.dim() >= 3 else -1
+        return torch.cat([value, value.narrow(axis, 0, 32)], axis) if value.dim() >= 3 else value[:, :-2]
+    if isinstance(value, dict):
+        return {key: resized(each) if key not in ("boxes", "labels", "masks") else each for key, each in value.items()}
+    return type(value)(resized(each) for each in value)
+
+
+def other_shape(model: nn.Module, gm: nn.Module, inputs: Any) -> str:
+    """As `equality`, on other shapes; "not taken" by the model itself, or "refused" by the graph's guards."""
+    inputs = resized(inputs)
+    try:
+        for training in (False, True):
+            run(copy.deepcopy(model).train(training), inputs)
+    except Exception:  # whatever a model does with inputs that are not for it
+        return "not taken"
+    gm.load_state_dict(model.state_dict())
+    try:
+        return equality(model, gm, inputs)
+    except TracingError:
+        return "refused"
+
+
 def check(name: str, make: Maker) -> tuple[Any, ...]:
     """One row of the table."""
     torch.manual_seed(0)
@@ -73,23 +105,33 @@ def check(name: str, make: Maker) -> tuple[Any, ...]:
     try:
         gm = prepare_saq(model, example_inputs=inputs, precision=None)
         same = equality(model, gm, inputs)
+        other = other_shape(model, gm, inputs)
+        del gm
         quantized = prepare_saq(model, example_inputs=inputs)
         report = precision_report(quantized)
         outputs, gradients = run(quantized.train(), inputs)
         finite = all(bool(torch.isfinite(each).all()) for each in (*outputs, *gradients.values()))
+        expected = run(quantized.eval(), inputs)[0]
         copied = copy.deepcopy(quantized)
+        copies = same_outputs(run(copied, inputs)[0], expected)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.add_(1)
         copied.load_state_dict(quantized.state_dict())
-        copies = all(
-            torch.equal(*pair)
-            for pair in zip(run(quantized.eval(), inputs)[0], run(copied.eval(), inputs)[0], strict=True)
-        )
+        loads = same_outputs(run(copied, inputs)[0], expected)
         left = ", ".join(each for each, _ in report.uncounted)
         share = f"{100 * report.quantized_share:.1f}"
         seconds = time.perf_counter() - start
-        return name, report.tracing, share, same, "finite" if finite else "not finite", copies, seconds, left
-    except (SaqError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        w4a4 = "finite" if finite else "not finite"
+        return name, report.tracing, share, same, other, w4a4, copies, loads, seconds, left
+    except Exception as error:  # a row that says so, whatever it is
         reason = str(error).replace("\n", " ").replace("|", "/")
-        return name, "failed", "", "", "", "", time.perf_counter() - start, reason[:200]
+        return name, "failed", "", "", "", "", "", "", time.perf_counter() - start, reason[:200]
+
+
+def same_outputs(outputs: list[Tensor], expected: list[Tensor]) -> str:
+    equal = all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+    return "equal" if equal else "differs"
 
 
 def image_model(make: Callable[[], nn.Module], *shape: int) -> Maker:
@@ -112,8 +154,23 @@ def torchvision_models() -> Iterator[tuple[str, Maker]]:
                 image_model(lambda n=name, o=options: torchvision.models.get_model(n, weights=None, **o), *shape),
             )
     for name in torchvision.models.list_models(module=torchvision.models.detection):
-        make = lambda n=name: torchvision.models.get_model(n, weights=None, weights_backbone=None)  # noqa: E731
-        yield name, lambda make=make: (make().eval(), ([torch.randn(3, 96, 96)],))
+        yield name, lambda name=name: detector(name)
+
+
+def detector(name: str) -> tuple[nn.Module, Any]:
+    """A detection model, and two images of different sizes with what is to be found in them."""
+    sizes = {} if name.startswith("ssd") else {"min_size": 96, "max_size": 160}
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, **sizes)
+    images = [torch.rand(3, 96, 128), torch.rand(3, 112, 96)]
+    targets = []
+    for image in images:
+        target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1])}
+        if name.startswith("mask"):
+            target["masks"] = torch.ones(1, *image.shape[1:], dtype=torch.uint8)
+        if name.startswith("keypoint"):
+            target["keypoints"] = torch.rand(1, 17, 3) * 50 + 8
+        targets.append(target)
+    return model, (images, targets)
 
 
 def smallest_of_each_timm_family() -> Iterator[tuple[str, Maker]]:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from saq_fx.annotation import annotation_of, record_of
+from saq_fx.capture import capture
 from saq_fx.errors import PassError
-from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.graph import SaqGraphModule, graphs, layers
 from saq_fx.pass_base import FACTS, Pass, Pipeline, check_facts
 from saq_fx.passes.annotate_layers import AnnotateLayers
 from saq_fx.passes.assign_precision import AssignPrecision
@@ -22,7 +23,7 @@ from saq_fx.passes.reestimate_batchnorm import ReestimateBatchNorm
 from saq_fx.passes.relax_precision import RelaxPrecision
 from saq_fx.passes.train_saq import TrainSaq
 from saq_fx.precision import Policy, Precision
-from saq_fx.tracing import split_inputs, trace
+from saq_fx.tracing import split_inputs
 from saq_fx.training_recipe import TrainingRecipe
 from tests.zoo import ZOO
 
@@ -51,15 +52,19 @@ def mean_square(outputs: Any, _: Any) -> Tensor:
 
 
 def fingerprint(gm: SaqGraphModule) -> Any:
-    nodes = [(node.op, node.name, str(node.target), str(node.args), annotation_of(node)) for node in gm.graph.nodes]
-    return nodes, record_of(gm), sorted(name for name, _ in gm.named_modules())
+    nodes = [
+        (node.op, node.name, str(node.target), str(node.args), annotation_of(node))
+        for _, part in graphs(gm)
+        for node in part.graph.nodes
+    ]
+    return nodes, [record_of(part) for _, part in graphs(gm)], sorted(name for name, _ in gm.named_modules())
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_each_pass_keeps_its_contract(name: str) -> None:
     entry = ZOO[name]
     inputs = entry.inputs()
-    gm = trace(entry.make(), inputs)
+    gm = capture(entry.make(), inputs)
     annotated = None
     for each in passes(inputs):
         before = fingerprint(gm)
@@ -85,7 +90,7 @@ def test_each_pass_keeps_its_contract(name: str) -> None:
 def test_positions_and_uncounted(name: str) -> None:
     entry = ZOO[name]
     inputs = entry.inputs()
-    gm = trace(entry.make(), inputs)
+    gm = capture(entry.make(), inputs)
     Pipeline((Canonicalize(), OpenAttention(), AnnotateLayers(inputs))).run(gm)
     position = {layer.name: layer.position for _, layer in layers(gm)}
     for first in entry.first:
@@ -96,7 +101,7 @@ def test_positions_and_uncounted(name: str) -> None:
 
 
 def test_missing_fact_names_pass_and_fact() -> None:
-    gm = trace(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    gm = capture(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(PassError, match=r"before AssignPrecision \(after Canonicalize\).*'annotations'"):
         Pipeline((Canonicalize(), AssignPrecision())).run(gm)
     assert FACTS["annotations"](gm) is not None
@@ -107,14 +112,14 @@ def test_failing_pass_names_those_already_run() -> None:
         def run(self, gm: SaqGraphModule) -> Any:
             raise ZeroDivisionError("oops")
 
-    gm = trace(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    gm = capture(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(PassError, match=r"Broken \(after Canonicalize\) failed: oops"):
         Pipeline((Canonicalize(), Broken())).run(gm)
 
 
 def test_timings_reach_the_observer() -> None:
     seen = []
-    gm = trace(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    gm = capture(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     Pipeline((Canonicalize(), OpenAttention()), after_each=lambda timing, _: seen.append(timing)).run(gm)
     assert [(timing.name, timing.modified) for timing in seen] == [
         ("Canonicalize", True),

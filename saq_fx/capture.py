@@ -1,0 +1,225 @@
+"""From any model to a graph: the ways that there are, in order.
+
+1. A `GraphModule` or an `ExportedProgram` is taken as it is.
+2. Symbolic tracing (`saq_fx.tracing`), in which a submodule whose code cannot be followed is one node.
+3. By parts: such a submodule, or the whole model, keeps its Python code, and each module that this code calls is
+   captured by itself and put in its place. So convolutions and linear layers are quantized and counted, and control
+   flow is what it was. What the Python code computes between the modules stays in float, and is listed.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from saq_fx.annotation import join_path, record_of, update_record
+from saq_fx.errors import TracingError
+from saq_fx.exported import from_exported
+from saq_fx.graph import SaqGraphModule, run_eagerly
+from saq_fx.modes import TrainingFlag
+from saq_fx.operators import operator_of
+from saq_fx.recording import INPUT, CallRecorder, Calls
+from saq_fx.shapes import evaluating
+from saq_fx.sharpness import preserve_buffers
+from saq_fx.symbolic import source_line
+from saq_fx.tracing import ExampleInputs, Inputs, copied, split_inputs, trace, trace_symbolically
+
+
+def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
+    """Captures a copy of a model; the model itself is not changed.
+
+    Args:
+        model: any module; a `GraphModule` or an `ExportedProgram` is taken as it is.
+        example_inputs: tells which optional arguments of `forward` are in use; the others are fixed at their defaults.
+            Without it a model can only be captured as a whole.
+
+    Raises:
+        TracingError: naming the module, the source line and what to do.
+    """
+    if isinstance(model, ExportedProgram):
+        return from_exported(copy.deepcopy(model))
+    if isinstance(model, fx.GraphModule):
+        return trace(model)
+    _check_kind(model)
+    return _capture(copied(model), None if example_inputs is None else split_inputs(example_inputs))
+
+
+def _check_kind(model: nn.Module) -> None:
+    name = type(model).__name__
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise TracingError(f"the model is wrapped in {name}: prepare its .module, and wrap the result")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            # Nor does a copy of it receive gradients.
+            raise TracingError(
+                f"module {path or 'the model itself'!r} of {name} is scripted, and its code cannot be rewritten: "
+                "prepare the model with the module that it was made from"
+            )
+
+
+def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
+    """Captures the module itself; submodules that become parts are replaced in it."""
+    try:
+        gm, untraceable = trace_symbolically(model, inputs)
+    except TracingError as error:
+        if inputs is None:
+            raise
+        return _capture_around(model, inputs, str(error))
+    if untraceable and inputs is not None:
+        _capture_parts(gm, model, untraceable, inputs)
+    return gm
+
+
+def _capture_around(model: nn.Module, inputs: Inputs, reason: str) -> SaqGraphModule:
+    """Keeps the module's own code, and captures what it calls."""
+    gm = SaqGraphModule.around(model, _python_graph(model, inputs))
+    _capture_parts(gm, model, {"": reason}, inputs)
+    record = record_of(gm)
+    if record.untraced and not record.parts:
+        raise TracingError(
+            f"{reason}. Nor can it be captured by parts, since this code itself multiplies tensors "
+            f"({', '.join(name for name, _ in record.untraced)}): put these operations into modules of their own"
+        )
+    return gm
+
+
+def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
+    """A graph that runs the model's own forward; arguments whose defaults no graph can hold are left at them."""
+    graph, signature = fx.Graph(), inspect.signature(model.forward)
+    given = signature.bind(*inputs[0], **inputs[1]).arguments
+    positional: list[fx.Node] = []
+    keyword: dict[str, fx.Node] = {}
+    more: dict[str, fx.Node] = {}
+    complete = True
+    for name, parameter in signature.parameters.items():
+        default = parameter.default
+        plain = default is None or isinstance(default, bool | int | float | str | tuple | torch.dtype)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            more["more_args"] = graph.placeholder(f"*{name}")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            more["more_kwargs"] = graph.placeholder(f"**{name}")
+        elif not plain and name not in given:
+            complete = False
+        else:
+            node = graph.create_node("placeholder", name, (default,) if plain else (), {})
+            if complete and parameter.kind is not parameter.KEYWORD_ONLY:
+                positional.append(node)
+            else:
+                keyword[name] = node
+    graph.output(graph.call_function(run_eagerly, (graph.get_attr("python_model"), positional, keyword), more))
+    return graph
+
+
+def _capture_parts(gm: SaqGraphModule, model: nn.Module, untraceable: Mapping[str, str], inputs: Inputs) -> None:
+    """Replaces the modules that untraceable code calls by graphs of their own."""
+    reasons = {model.get_submodule(path): reason for path, reason in untraceable.items()}
+    for module in (each for python in reasons for each in python.modules()):
+        if isinstance(getattr(module, "training_flag", None), TrainingFlag):
+            del module.training_flag
+    recorder = _record(model, reasons, inputs)
+    splitter = _Splitter(recorder.calls, reasons)
+    for path in untraceable:
+        splitter.split(model.get_submodule(path), path)
+    _place(splitter.parts, recorder.calls)
+    for name, owner in recorder.operations.items():
+        splitter.untraced.append((name, f"runs in Python code that cannot be traced, {reasons[owner]}"))
+    update_record(gm, tracing="by parts", parts=tuple(splitter.paths), untraced=tuple(splitter.untraced))
+
+
+def _record(model: nn.Module, python: Iterable[nn.Module], inputs: Inputs) -> CallRecorder:
+    args, kwargs = inputs
+    recorder = CallRecorder(model, python)
+    try:
+        with evaluating(model), preserve_buffers(model), torch.random.fork_rng(), recorder.following(inputs):
+            model(*args, **kwargs)
+    except Exception as error:
+        raise TracingError(
+            f"{type(model).__name__} does not run on the example inputs: {source_line(error)}: {error}"
+        ) from error
+    return recorder
+
+
+class _Splitter:
+    """Puts captured parts in the place of modules that Python code calls."""
+
+    def __init__(self, calls: Mapping[nn.Module, Calls], python: Iterable[nn.Module]) -> None:
+        self.parts: dict[nn.Module, SaqGraphModule] = {}
+        self.paths: list[str] = []
+        self.untraced: list[tuple[str, str]] = []
+        self._calls, self._python = calls, set(python)
+        self._done: set[nn.Module] = set()
+
+    def split(self, holder: nn.Module, path: str) -> None:
+        """Replaces the children of a module that stays Python code, or of a container in one."""
+        for name, child in list(holder._modules.items()):
+            if child is None or child in self._python:
+                continue
+            is_part = child in self._calls or not self._reaches_below(child)
+            if child not in self._done and is_part:
+                self._capture_part(child, join_path(path, name))
+            if child in self.parts:
+                holder._modules[name] = self.parts[child]
+            elif child not in self._calls:
+                self.split(child, join_path(path, name))
+
+    def _reaches_below(self, module: nn.Module) -> bool:
+        return any(each in self._calls or each in self._python for each in module.modules())
+
+    def _capture_part(self, module: nn.Module, path: str) -> None:
+        """Captures a module that holds layers; one that no example reaches, without example inputs."""
+        self._done.add(module)
+        calls = self._calls.get(module, Calls())
+        try:
+            part = _accepting_all(module, calls)
+        except TracingError as error:
+            self.untraced.append((path, str(error)))
+            return
+        if not _has_layers(part):
+            return
+        for name, value in vars(module).items():
+            # Python code reads attributes of the modules that it calls.
+            vars(part).setdefault(name, value)
+        self.parts[module] = part
+        self.paths.append(path)
+
+
+def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
+    """A graph that takes the inputs of every call: guards that one of them fails are a reason to keep Python code."""
+    if not calls.inputs:
+        return _capture(module, None)
+    part = _capture(module, calls.inputs[0])
+    try:
+        with evaluating(part), preserve_buffers(part), torch.random.fork_rng():
+            for args, kwargs in calls.inputs:
+                part(*args, **kwargs)
+    except Exception as error:
+        return _capture_around(module, calls.inputs[0], f"{source_line(error)}: {error}")
+    return part
+
+
+def _has_layers(gm: SaqGraphModule) -> bool:
+    """Whether there is anything to quantize or, as of recurrent cells, to list."""
+    if record_of(gm).parts or record_of(gm).untraced:
+        return True
+    for node in gm.graph.nodes:
+        if operator_of(node) is not None:
+            return True
+        if node.op == "call_module" and any(p.dim() > 1 for p in gm.get_submodule(str(node.target)).parameters()):
+            return True
+    return False
+
+
+def _place(parts: Mapping[nn.Module, SaqGraphModule], calls: Mapping[nn.Module, Calls]) -> None:
+    """Writes down how each part stands in the data flow; one that no example reaches is neither first nor last."""
+    feeding = {origin for module in parts if module in calls for origin in calls[module].origins}
+    for module, part in parts.items():
+        origins = calls[module].origins if module in calls else None
+        update_record(
+            part,
+            is_first=origins is not None and not any(each in parts for each in origins),
+            is_last=origins is not None and module not in feeding,
+            reads_network_input=origins is not None and INPUT in origins,
+        )

@@ -1,0 +1,126 @@
+"""What values a graph that is being recorded has on the example inputs, and which of them are data."""
+
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saq_fx.dataflow import reads_shape_only
+
+
+class _SizesByValue(TorchDispatchMode):
+    """While entered, notes whether an operation ran whose output's shape depends on values, as `nonzero`'s does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the operation."""
+        if func is torch.ops.aten.index.Tensor:
+            self.found |= any(index is not None and index.dtype == torch.bool for index in args[1])
+        else:
+            # Libraries do not tag their own operations, torchvision's nms for one.
+            self.found |= torch.Tag.dynamic_output_shape in func.tags or func.namespace not in ("aten", "prims")
+        return func(*args, **(kwargs or {}))
+
+
+class ExampleValues:
+    """Values of nodes on the example inputs, computed in the order of the graph and only as far as asked for."""
+
+    def __init__(self, tracer: fx.Tracer, arguments: Mapping[str, Any]) -> None:
+        self.running = False
+        self._tracer, self._arguments = tracer, arguments
+        self._values: dict[fx.Node, Any] = {}
+        # Sets of nodes: inputs and their items; what depends on inputs; and see `is_computed`.
+        self._inputs: set[fx.Node] = set()
+        self._dependent: set[fx.Node] = set()
+        self._numbers: set[fx.Node] = set()
+        self._sized_by_numbers: set[fx.Node] = set()
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of a node."""
+        self.running = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                for each in self._tracer.graph.nodes:
+                    if each not in self._values:
+                        with _SizesByValue() as sizes:
+                            self._values[each] = self._compute(each)
+                        self._classify(each, sizes.found)
+        finally:
+            self.running = False
+        return self._values[node]
+
+    def is_computed(self, node: fx.Node, kind: str) -> bool:
+        """Whether what is asked of a node depends on numbers that flow through the network, not on its settings.
+
+        Numbers are floating-point tensors that depend on the inputs and all that is computed from them, the sizes of
+        what they select included. Integer and boolean inputs (tokens, masks) are settings.
+        """
+        of_tensor = isinstance(self.value(node), Tensor | bool | int | float)
+        return node in (self._numbers if of_tensor and kind != "len" else self._sized_by_numbers)
+
+    def _classify(self, node: fx.Node, sized_by_value: bool) -> None:
+        sources, value = set(node.all_input_nodes), self._values[node]
+        if node.op == "placeholder" or self._is_input_item(node):
+            self._inputs.add(node)
+            sources = set()
+        if reads_shape_only(node):
+            if sources & self._sized_by_numbers:
+                self._numbers.add(node)
+            return
+        if node in self._inputs or sources & self._dependent:
+            self._dependent.add(node)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self._numbers.add(node)
+        if sources & self._sized_by_numbers or (sized_by_value and sources & self._numbers):
+            self._sized_by_numbers.add(node)
+        if sources & (self._numbers | self._sized_by_numbers):
+            self._numbers.add(node)
+
+    def _is_input_item(self, node: fx.Node) -> bool:
+        """Whether a node picks an item of an input that is a dictionary or sequence."""
+        source: Any = node.args[0] if node.target is operator.getitem else None
+        return source in self._inputs and not isinstance(self._values[source], Tensor)
+
+    def forget(self, node: fx.Node) -> None:
+        """A node that is no longer in the graph."""
+        self._values.pop(node, None)
+
+    def _compute(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            given = self._arguments.get(str(node.target), node.args[0] if node.args else None)
+            return fx.node.map_aggregate(given, lambda item: item.clone() if isinstance(item, Tensor) else item)
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            value = getattr(self._tracer.root.get_submodule(owner), name)
+            # Running statistics that this run moves must not be the model's own.
+            return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        module = self._tracer.root.get_submodule(str(node.target))
+        with _evaluation_flags(module):
+            return module(*args, **kwargs)
+
+
+@contextmanager
+def _evaluation_flags(module: nn.Module) -> Iterator[None]:
+    """Within: a leaf's flags say evaluation, so that no running statistic moves while tracing."""
+    saved = {each: each.__dict__["training"] for each in module.modules()}
+    for each in saved:
+        each.__dict__["training"] = False
+    try:
+        yield
+    finally:
+        for each, flag in saved.items():
+            each.__dict__["training"] = flag

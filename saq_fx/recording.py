@@ -1,0 +1,101 @@
+"""One run of a model whose own Python code stays: which modules it calls, with what, and what flows between them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from saq_fx.annotation import join_path
+from saq_fx.operators import operator_called
+from saq_fx.shapes import tensors_in
+
+INPUT = ""
+"""The origin of what is the network's input still, at most rearranged or rescaled without parameters."""
+
+
+@dataclass
+class Calls:
+    """How a module was called from Python code: inputs (one of each kind of shapes), and where they came from."""
+
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    shapes: list[Any] = field(default_factory=list)
+    origins: set[nn.Module | str] = field(default_factory=set)
+
+
+class CallRecorder(TorchFunctionMode):
+    """While entered, notes the calls that the code of `python` modules makes of other modules and of the table.
+
+    `calls` are the modules called; `operations` the names of quantizable operations that such code runs itself, each
+    with the module whose code it is. The origins of a call are those called modules whose outputs its inputs were
+    computed from, and `INPUT`.
+
+    Args:
+        model: what is going to run.
+        python: modules of it whose forward stays Python code.
+    """
+
+    def __init__(self, model: nn.Module, python: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.calls: dict[nn.Module, Calls] = {}
+        self.operations: dict[str, nn.Module] = {}
+        self._model, self._python = model, set(python)
+        self._paths = {module: path for path, module in model.named_modules()}
+        self._stack: list[nn.Module] = []
+        self._origins: Any = WeakIdKeyDictionary()
+
+    @contextmanager
+    def following(self, inputs: Any) -> Iterator[None]:
+        """Within: a run of the model on these inputs is recorded."""
+        for tensor in tensors_in(inputs):
+            self._origins[tensor] = {INPUT}
+        handles = []
+        for module in self._paths:
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _is_called_from_python(self) -> bool:
+        """Whether the code that runs now belongs to one of the Python modules."""
+        return bool(self._stack) and self._stack[-1] in self._python
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_called_from_python() and module not in self._python:
+            calls = self.calls.setdefault(module, Calls())
+            calls.origins.update(*(self._origins.get(tensor, ()) for tensor in tensors_in((args, kwargs))))
+            shapes = [(tensor.shape, tensor.dtype) for tensor in tensors_in((args, kwargs))]
+            if shapes not in calls.shapes:
+                calls.shapes.append(shapes)
+                calls.inputs.append((args, kwargs))
+        self._stack.append(module)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._stack.pop()
+        if self._is_called_from_python() and module not in self._python:
+            for tensor in tensors_in(output):
+                self._origins[tensor] = {*self._origins.get(tensor, ()), module}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Passes on where values came from; in-place functions pass it to what they change."""
+        output = func(*args, **(kwargs or {}))
+        entry = operator_called(func)
+        if entry is not None and self._is_called_from_python():
+            self.operations[join_path(self._paths[self._stack[-1]], entry.name)] = self._stack[-1]
+        operands = tensors_in((args, kwargs or {}))
+        origins = set().union(*(self._origins.get(tensor, ()) for tensor in operands))
+        if any(isinstance(tensor, nn.Parameter) for tensor in operands):
+            origins.discard(INPUT)
+        if origins:
+            for tensor in operands[:1] if output is None else tensors_in(output):
+                self._origins[tensor] = origins
+        return output

@@ -1,8 +1,9 @@
 """Leaf tensors next to the weight quantizers, through which a sharpness-aware step perturbs the weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from saq_fx.annotation import inherit_owner, record_of, update_record
 from saq_fx.dataflow import tensor_at
 from saq_fx.errors import PassError
-from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.graph import SaqGraphModule, graphs, layers
 from saq_fx.pass_base import Pass, PassResult, check_facts
 from saq_fx.sharpness import Perturbation
 
@@ -45,20 +46,7 @@ class InsertPerturbations(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place; leaves that are where they should be stay as they are."""
-        quantizers = _weight_quantizers(gm)
-        wanted = {_leaf_path(target, side) for target in quantizers for side in CASES[self.case]}
-        misplaced = wanted != set(_leaves(gm))
-        modified = misplaced or record_of(gm).perturbation_case != self.case
-        if misplaced:
-            _remove(gm)
-            for path in sorted(wanted):
-                gm.add_submodule(path, Perturbation())
-            for target, nodes in quantizers.items():
-                for node in nodes:
-                    for side in sorted(set(CASES[self.case])):
-                        _insert(node, _leaf_path(target, side), side)
-        update_record(gm, perturbation_case=self.case)
-        return PassResult(gm, modified)
+        return PassResult(gm, _apply(gm, partial(_insert_all, case=self.case)))
 
 
 @dataclass(frozen=True)
@@ -67,9 +55,37 @@ class RemovePerturbations(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place."""
-        modified = _remove(gm) or record_of(gm).perturbation_case is not None
-        update_record(gm, perturbation_case=None)
-        return PassResult(gm, modified)
+        return PassResult(gm, _apply(gm, _remove_all))
+
+
+def _apply(gm: SaqGraphModule, change: Callable[[SaqGraphModule], bool]) -> bool:
+    """Applies a change to a graph and to its parts; whether any of them changed."""
+    changed = [change(part) for _, part in graphs(gm)]
+    return any(changed)
+
+
+def _insert_all(gm: SaqGraphModule, case: int) -> bool:
+    """Gives one graph its leaves; whether that changed it."""
+    quantizers = _weight_quantizers(gm)
+    wanted = {_leaf_path(target, side) for target in quantizers for side in CASES[case]}
+    misplaced = wanted != set(_leaves(gm))
+    modified = misplaced or record_of(gm).perturbation_case != case
+    if misplaced:
+        _remove(gm)
+        for path in sorted(wanted):
+            gm.add_submodule(path, Perturbation())
+        for target, nodes in quantizers.items():
+            for node in nodes:
+                for side in sorted(set(CASES[case])):
+                    _insert(node, _leaf_path(target, side), side)
+    update_record(gm, perturbation_case=case)
+    return modified
+
+
+def _remove_all(gm: SaqGraphModule) -> bool:
+    modified = _remove(gm) or record_of(gm).perturbation_case is not None
+    update_record(gm, perturbation_case=None)
+    return modified
 
 
 def _weight_quantizers(gm: SaqGraphModule) -> dict[str, list[fx.Node]]:
@@ -131,6 +147,16 @@ class PerturbedWeight:
     graph_module: SaqGraphModule
     quantizer: fx.Node
 
+    def is_current(self) -> bool:
+        """Whether the graph still holds the leaves."""
+        case = record_of(self.graph_module).perturbation_case
+        if case is None:
+            return False
+        owner_path, _, name = str(self.quantizer.target).rpartition(".")
+        owner = self.graph_module.get_submodule(owner_path)
+        sides = zip((self.gradient, self.perturbation), CASES[case], strict=True)
+        return all(getattr(owner, _leaf_path(name, side), None) is leaf for leaf, side in sides)
+
     def quantized(self) -> Tensor:
         """The quantized weight as it is now: in case 2, of the weight with its delta."""
         return _value(self.graph_module, self.quantizer)
@@ -154,6 +180,10 @@ def perturbed_weights(gm: SaqGraphModule) -> list[PerturbedWeight]:
         PassError: the graph has no perturbation leaves.
     """
     check_facts(gm, InsertPerturbations.gives, "perturbed_weights")
+    return [weight for _, part in graphs(gm) for weight in _weights_of(part)]
+
+
+def _weights_of(gm: SaqGraphModule) -> list[PerturbedWeight]:
     sides = CASES[record_of(gm).perturbation_case or 0]
     found = []
     for target, (node, *_) in _weight_quantizers(gm).items():

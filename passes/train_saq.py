@@ -1,6 +1,8 @@
 """Trains a quantized graph, on whatever devices there are."""
 
 import io
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from saq_fx.distillation import distillation_loss
 from saq_fx.errors import CheckpointError, MissingExtraError, TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.parameters import parameter_groups
-from saq_fx.pass_base import FACTS, Pass, PassResult, Pipeline
+from saq_fx.pass_base import FACTS, Pass, PassResult, Pipeline, check_facts
 from saq_fx.passes.insert_perturbations import RemovePerturbations
 from saq_fx.passes.reestimate_batchnorm import ReestimateBatchNorm
 from saq_fx.precision import write_whole
@@ -52,14 +54,16 @@ class TrainSaq(Pass):
     Devices, precision and processes are accelerate's: start the script by `torchrun` or `accelerate launch` to train
     on several. With a folder, the run leaves a checkpoint there every so many steps, and scalars for TensorBoard:
     both losses, the cosine of their gradients, norms, rho, learning rate and clipping levels. Started again with the
-    same folder, it goes on where it stopped, and ends, on a CPU, as if it had not: to the last bit.
+    same folder, it goes on where it stopped, and ends, on a CPU, as if it had not: to the last bit, unless persistent
+    workers of a loader draw random numbers.
 
     Args:
         batches: (inputs, targets), iterated once an epoch: a `DataLoader`, which several processes share out, or a
             list. Inputs are as for `example_inputs`.
         loss_fn: of outputs and targets, the mean loss.
         recipe: schedule, optimizer and the settings of SAQ.
-        teacher: the float model to distil from, if the recipe asks for it: its outputs are logits, as are the graph's.
+        teacher: the float model to distil from, if the recipe asks for it; it is left in evaluation mode. Its outputs
+            and the graph's are logits, (samples, classes, ...).
         folder: for `checkpoint.pt` and `tensorboard/`.
         checkpoint_every: steps.
         mixed_precision: "bf16", "fp16" or "no"; None leaves it to `accelerate launch`.
@@ -77,14 +81,18 @@ class TrainSaq(Pass):
     loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy
     recipe: TrainingRecipe = field(default_factory=TrainingRecipe)
     teacher: nn.Module | None = None
-    folder: Path | None = None
+    folder: str | os.PathLike[str] | None = None
     checkpoint_every: int = 1000
     mixed_precision: str | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if not hasattr(self.batches, "__len__"):
-            raise TrainingError("batches must have a length, as lists and data loaders do: the schedule depends on it")
+        try:
+            length = len(self.batches)
+        except TypeError as error:
+            raise TrainingError("batches must have a length, as lists have: the schedule depends on it") from error
+        if not length:
+            raise TrainingError("batches is empty: has the data fewer samples than a batch?")
         if bool(self.recipe.distillation) != (self.teacher is not None):
             raise TrainingError("distillation takes both: a teacher, and its weight in the recipe (distillation=...)")
         if self.mixed_precision not in (None, *_LOWER_TYPES):
@@ -94,6 +102,7 @@ class TrainSaq(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Changes weights, clipping levels and statistics, not the graph, which is left on the training device."""
+        check_facts(gm, self.needs, self.name)
         had_leaves = record_of(gm).perturbation_case is not None
         run = _Run(self, gm)
         run.resume()
@@ -116,7 +125,8 @@ class _Run:
         self.accelerator = _accelerator()
         self.device = self.accelerator.device
         # Not through accelerate, where the first choice in a process is the last.
-        self.lower_type = _LOWER_TYPES[options.mixed_precision or self.accelerator.mixed_precision]
+        lower = options.mixed_precision or self.accelerator.mixed_precision
+        self.lower_type = _LOWER_TYPES.get(lower)
         self.scaler = GradScaler(self.device.type) if self.lower_type is torch.float16 else None
         gm.to(self.device).train()
         several = self.accelerator.num_processes > 1
@@ -147,7 +157,18 @@ class _Run:
 
     @property
     def _file(self) -> Path | None:
-        return None if self.options.folder is None else self.options.folder / "checkpoint.pt"
+        return None if self.options.folder is None else Path(self.options.folder) / "checkpoint.pt"
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that takes it up."""
+        quantizers = {name: each for name, each in self.gm.named_modules() if isinstance(each, Quantizer)}
+        return {
+            "recipe": self.options.recipe.to_dict(),
+            "steps": self.total,
+            "processes": self.accelerator.num_processes,
+            "lower type": str(self.lower_type),
+            "bits": {name: quantizer.bits for name, quantizer in quantizers.items()},
+        }
 
     def train(self) -> None:
         """Runs the steps that are left."""
@@ -261,8 +282,7 @@ class _Run:
         if not self.accelerator.is_main_process:
             return
         state = {
-            "recipe": repr(self.options.recipe),
-            "steps": self.total,
+            "identity": self._identity(),
             "step": self.step,
             "model": self.gm.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -279,12 +299,17 @@ class _Run:
         """Takes up the folder's checkpoint, if there is one."""
         if self._file is None or not self._file.exists():
             return
-        state = torch.load(self._file, map_location="cpu", weights_only=True)
-        expected = repr(self.options.recipe), self.total, self.accelerator.num_processes
-        if (state["recipe"], state["steps"], len(state["random"])) != expected:
+        try:
+            state = torch.load(self._file, map_location="cpu", weights_only=True)
+            saved = state["identity"]
+        except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{self._file} is not a checkpoint of TrainSaq: {error}") from error
+        own = self._identity()
+        other = [name for name in own if saved[name] != own[name]]
+        if other:
             raise CheckpointError(
-                f"{self._file} is of a run of {state['steps']} steps in {len(state['random'])} processes with "
-                f"{state['recipe']}; this one has {self.total} in {expected[2]} with {expected[0]}: use another folder"
+                f"{self._file} is of a run with other {', '.join(other)} ({saved[other[0]]}, here {own[other[0]]}): "
+                "use another folder"
             )
         try:
             self.gm.load_state_dict(state["model"])
@@ -299,22 +324,17 @@ class _Run:
         self._restore(current)
 
     def _random_states(self) -> list[Tensor]:
-        """Of the generators of the CPU, of the loader (empty if it has none of its own) and of the device."""
-        loader = _generator(self.options.batches)
-        return [
-            torch.get_rng_state(),
-            torch.empty(0) if loader is None else loader.get_state(),
-            torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.empty(0),
-        ]
+        """Of the generators of the CPU, of the device (empty if that is the CPU) and of the loader."""
+        of_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.empty(0)
+        return [torch.get_rng_state(), of_device, *(each.get_state() for each in _generators(self.options.batches))]
 
     def _restore(self, states: list[Tensor]) -> None:
-        cpu, of_loader, of_device = states
-        torch.set_rng_state(cpu)
-        loader = _generator(self.options.batches)
-        if loader is not None:
-            loader.set_state(of_loader)
+        of_cpu, of_device, *of_loader = states
+        torch.set_rng_state(of_cpu)
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(of_device, self.device)
+        for generator, state in zip(_generators(self.options.batches), of_loader, strict=True):
+            generator.set_state(state)
 
 
 def _accelerator() -> Any:
@@ -331,10 +351,13 @@ def _base_optimizer(recipe: TrainingRecipe, gm: nn.Module) -> torch.optim.Optimi
     if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
         raise TrainingError(f"torch.optim has no optimizer {recipe.optimizer!r}")
     optimizer: Callable[..., torch.optim.Optimizer] = made
-    return optimizer(parameter_groups(gm, recipe.weight_decay), lr=recipe.lr, **recipe.optimizer_options)
+    try:
+        return optimizer(parameter_groups(gm, recipe.weight_decay), lr=recipe.lr, **recipe.optimizer_options)
+    except TypeError as error:
+        raise TrainingError(f"optimizer_options do not suit {recipe.optimizer}: {error}") from error
 
 
-def _writer(folder: Path | None, step: int) -> Any:
+def _writer(folder: str | os.PathLike[str] | None, step: int) -> Any:
     """Of TensorBoard's scalars, after those of the steps done; None without a folder."""
     if folder is None:
         return None
@@ -342,13 +365,12 @@ def _writer(folder: Path | None, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingExtraError("logs need tensorboard: pip install 'saq_fx[train]'") from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
 
 
-def _generator(batches: Any) -> torch.Generator | None:
-    """The random generator that a loader, or its sampler, was given."""
-    for holder in (batches, getattr(batches, "sampler", None)):
-        generator = getattr(holder, "generator", None)
-        if isinstance(generator, torch.Generator):
-            return generator
-    return None
+def _generators(batches: Any) -> list[torch.Generator]:
+    """The random generators that a loader, or its samplers, were given."""
+    by_batch = getattr(batches, "batch_sampler", None)
+    holders = (batches, getattr(batches, "sampler", None), by_batch, getattr(by_batch, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list(dict.fromkeys(each for each in found if isinstance(each, torch.Generator)))

@@ -34,6 +34,8 @@ def cut(closure: Callable[..., Tensor], batch: tuple[Any, ...], size: int | None
             "opt.step(lambda x, y: loss_fn(gm(x), y), x, y)"
         )
     total = batch_size(batch)
+    if not total:
+        raise TrainingError("the batch has no samples")
     parts = [_part(batch, start, start + (size or total)) for start in range(0, total, size or total)]
     return [
         Chunk(partial(closure, *part), partial(closure, *_first(part, fraction)), batch_size(part) / total)
@@ -50,7 +52,11 @@ def batch_size(batch: Any) -> int:
     Raises:
         TrainingError: it holds no tensor, or tensors of different lengths.
     """
-    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    leaves = pytree.tree_leaves(batch)
+    others = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor) and hasattr(leaf, "shape")}
+    if others:
+        raise TrainingError(f"a batch to be cut must be of tensors; it has {', '.join(sorted(others))}")
+    shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) != 1 or None in sizes:
         raise TrainingError(
@@ -60,7 +66,8 @@ def batch_size(batch: Any) -> int:
 
 
 def _first(batch: Any, fraction: float) -> Any:
-    return _part(batch, 0, math.ceil(fraction * batch_size(batch)))
+    # Rounded first, since 0.07 * 100 is a little more than 7.
+    return _part(batch, 0, math.ceil(round(fraction * batch_size(batch), 9)))
 
 
 def _part(batch: Any, start: int, end: int) -> Any:

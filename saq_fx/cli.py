@@ -41,25 +41,27 @@ def _app() -> "typer.Typer":
         model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, hf:TYPE or path/to/file.py:FACTORY")],
         data: Annotated[str, typer.Option(help="digits, or {cifar10,cifar100,imagenet,flowers102,pets}:FOLDER")],
         folder: Annotated[Path, typer.Option(help="For checkpoints, logs, report and the trained model.")],
-        precision: Annotated[str, typer.Option(help="W4A4 and the like.")] = "W4A4",
+        precision: Annotated[str | None, typer.Option(help="W4A4, the default, or that of --paper.")] = None,
         policy: Annotated[Path | None, typer.Option(help="A policy file; overrides --precision.")] = None,
         weights: Annotated[Path | None, typer.Option(help="The float model's state dict (torch.save).")] = None,
         paper: Annotated[str, typer.Option(help="Settings of the SAQ paper: resnet18:4 and the like.")] = "",
         epochs: Annotated[int | None, typer.Option(help="Instead of the settings' own.")] = None,
         lr: Annotated[float | None, typer.Option(help="Instead of the settings' own.")] = None,
         rho: Annotated[float | None, typer.Option(help="Instead of the settings' own.")] = None,
-        batch: Annotated[int, typer.Option(help="Images per step and process.")] = 64,
+        batch: Annotated[int | None, typer.Option(help="Images per step of all processes.")] = None,
         offsets: Annotated[bool, typer.Option(help="Learned offsets of all activations (MobileNetV2).")] = False,
         mixed_precision: Annotated[str | None, typer.Option(help="bf16, fp16 or no.")] = None,
         workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
         seed: Annotated[int, typer.Option(help="Of initial weights and the order of images.")] = 0,
     ) -> None:
         """Train a quantized model by SAQ; the same command goes on with an interrupted run. Takes torchrun."""
-        from saq_fx.train_command import Run, recipe_of, train
+        from saq_fx.train_command import Run, train
 
-        recipe = recipe_of(paper, epochs=epochs, lr=lr, rho=rho)
+        changes = {"epochs": epochs, "lr": lr, "rho": rho, "batch_size": batch}
         train(
-            Run(model, data, folder, precision, policy, weights, recipe, batch, offsets, mixed_precision, workers, seed)
+            Run(
+                model, data, folder, precision, policy, weights, paper, changes, offsets, mixed_precision, workers, seed
+            )
         )
 
     @app.command()

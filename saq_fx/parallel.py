@@ -55,6 +55,11 @@ class Workers:
         """Whether parameters and gradients are shards, and gradients averages."""
         return self.several and self.replicated is None
 
+    @property
+    def has_static_graph(self) -> bool:
+        """Whether DDP was told that every step has the same graph."""
+        return self.replicated is not None and bool(self.replicated.static_graph)
+
     def unsynchronized(self) -> AbstractContextManager[None]:
         """Inside, a backward pass leaves every worker its own gradient, where that is possible."""
         return nullcontext() if self.replicated is None else self.replicated.no_sync()
@@ -91,6 +96,14 @@ class Workers:
         flag = torch.tensor(int(holds), device=device)
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
         return bool(flag)
+
+    def any_of(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """For each of a list, whether it holds on any worker."""
+        if not self.several:
+            return list(flags)
+        reduced = torch.tensor(flags, dtype=torch.uint8, device=device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in reduced.tolist()]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from saq_fx.precision import FLOAT_BITS
 from saq_fx.quantizers import Quantizer
 from saq_fx.sharpness import (
     Ascent,
+    Buffers,
     RandomState,
     global_norm,
     inner_product,
@@ -119,16 +120,20 @@ class SAQ(Optimizer):
         max_gradient_norm: float | None = None,
         grad_scaler: GradScaler | None = None,
     ) -> None:
+        perturb = (perturb,) if isinstance(perturb, str) else tuple(perturb)
         _check_options(rho, case, period, beta, losses, perturb)
         _check_cuts(chunk_size, second_pass_fraction, max_gradient_norm)
         self._module, self._kinds, self._workers = gm, parameter_kinds(gm), Workers.of(gm)
         self._check_levels()
         if adaptive and self._workers.sharded:
             raise TrainingError("adaptive=True needs whole weights: it does not work with sharded parameters (FSDP2)")
+        if self._workers.has_static_graph and period == 1:
+            raise TrainingError("static_graph=True needs a synchronised pass: use a period above 1, or leave it out")
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
-        self.base_optimizer, self.grad_scaler = base_optimizer, grad_scaler
+        self.base_optimizer = base_optimizer
+        self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self.rho, self.case, self.period, self.beta = rho, case, period, beta
-        self.losses, self.perturb, self.adaptive = losses, tuple(perturb), adaptive
+        self.losses, self.perturb, self.adaptive = losses, perturb, adaptive
         self.chunk_size, self.second_pass_fraction = chunk_size, second_pass_fraction
         self.max_gradient_norm = max_gradient_norm
         self.last_step: StepStatistics | None = None
@@ -137,8 +142,7 @@ class SAQ(Optimizer):
         # Per parameter: g during a second pass, g_v from then on. The norm is 0 while there is no g_v.
         self._kept: dict[Tensor, Tensor] = {}
         self._kept_norm = 0.0
-        self._share_state()
-        graphs = [module for module in gm.modules() if isinstance(module, SaqGraphModule)]
+        graphs = _outermost_graphs(gm)
         for graph in graphs:
             Pipeline((InsertPerturbations(case),)).run(graph)
         self._weights = [weight for graph in graphs for weight in perturbed_weights(graph)]
@@ -153,9 +157,29 @@ class SAQ(Optimizer):
                     "saq_fx.calibrate(gm, batches) before the graph is wrapped"
                 )
 
-    def _share_state(self) -> None:
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's."""
+        base = self.__dict__.get("base_optimizer")
+        groups: list[dict[str, Any]] = self.__dict__["_own_groups"] if base is None else base.param_groups
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._own_groups = groups  # while torch's constructor checks them
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's."""
+        base = self.__dict__.get("base_optimizer")
+        return {} if base is None else base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        """Of torch's constructor: there is none yet."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TrainingError("SAQ is part of its module and cannot be copied: copy the module, and state_dict()")
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -175,7 +199,8 @@ class SAQ(Optimizer):
     def step(self, closure: Callable[..., Tensor], *batch: Any) -> Tensor:  # type: ignore[override]
         """Runs one or both passes, combines the gradients and steps the base optimizer.
 
-        A step whose loss or gradients are not finite changes no parameter, and is counted in `skipped_steps`.
+        A step whose loss or gradients are not finite changes no parameter and no buffer, and is counted in
+        `skipped_steps`.
 
         Args:
             closure: computes the mean loss, a 0-d tensor; it neither zeroes gradients nor calls backward.
@@ -190,10 +215,12 @@ class SAQ(Optimizer):
                 cannot be cut.
         """
         parts = cut(closure, batch, self.chunk_size, self.second_pass_fraction)
-        self._steps += 1
-        two_passes = self.losses != "vanilla" and self._steps % self.period == 0
+        two_passes = self.losses != "vanilla" and (self._steps + 1) % self.period == 0
+        buffers = Buffers(self._module)
         self.last_step = self._two_passes(parts) if two_passes else self._one_pass(parts)
+        self._steps += 1
         if self.last_step.skipped:
+            buffers.restore()
             self._count_skipped(self.last_step)
         self._update(self.last_step.skipped)
         return self.last_step.loss
@@ -233,11 +260,15 @@ class SAQ(Optimizer):
         return loss.detach()
 
     def _with_gradient(self) -> list[nn.Parameter]:
-        """Parameters that the loss reached; with several workers all trained ones, for each must have the same."""
+        """Parameters that the loss reached; on any worker, so that all have the same."""
         reached = [parameter for parameter in self._parameters() if parameter.grad is not None]
         if not reached:
             raise TrainingError("no parameter of the optimizer got a gradient from the loss: are all frozen?")
-        return [p for p in self._parameters() if p.requires_grad] if self._workers.several else reached
+        if not self._workers.several:
+            return reached
+        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        anywhere = self._workers.any_of([parameter.grad is not None for parameter in trained], trained[0].device)
+        return list(compress(trained, anywhere))
 
     def _norm(self, gradients: Collection[Tensor]) -> float:
         """The global norm of gradients of parameters, of which this worker may hold shards."""
@@ -266,6 +297,11 @@ class SAQ(Optimizer):
 
     def _two_passes(self, parts: list[Chunk]) -> StepStatistics:
         """A step with both passes, for each part of the batch; g and g_s are their sums."""
+        if not all(weight.is_current() for weight in self._weights):
+            raise TrainingError(
+                "the graph no longer has the leaves that this SAQ put into it: another SAQ or pass took them, or "
+                "opt.case was changed; build SAQ anew"
+            )
         memory, self._kept, self._kept_norm = self._kept, {}, 0.0
         vanilla, sharp = self._kept, dict[Tensor, Tensor]()
         losses, perturbed_losses, moved = [], [], None
@@ -357,16 +393,22 @@ class SAQ(Optimizer):
     def _count_skipped(self, step: StepStatistics) -> None:
         self.skipped_steps += 1
         if self.skipped_steps == 1:
+            remedy = "Look at the batch, or lower the learning rate or rho."
+            if self.grad_scaler is not None:
+                remedy = f"The scaler tries lower scales than {self._loss_scale:g}, as it should at the beginning."
             warnings.warn(
                 f"SAQ skipped step {self._steps}: loss {float(step.loss):g}, gradient norm "
-                f"{step.gradient_norm:g}. Look at the batch, or lower the learning rate or rho. "
+                f"{step.gradient_norm:g}. {remedy} "
                 "Further skips are only counted, in skipped_steps.",
                 RuntimeWarning,
                 stacklevel=5,  # past what torch.optim wraps around step
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with this one's step count and reused direction under "saq"."""
+        """The base optimizer's state dict, with this one's step count and reused direction under "saq".
+
+        Of sharded parameters (FSDP2) it holds this worker's shards.
+        """
         position: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self._parameters())}
         reused = self._kept if self._kept_norm else {}
         own = {
@@ -388,15 +430,20 @@ class SAQ(Optimizer):
                 "this is the state of a plain optimizer, not of SAQ: use base_optimizer.load_state_dict()"
             )
         self.base_optimizer.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._share_state()
         parameters, own = self._parameters(), state_dict["saq"]
         self._steps, self.skipped_steps = own["steps"], own["skipped_steps"]
         self._kept_norm = own["direction_norm"]
         # Copies, since what is kept is overwritten in place.
         self._kept = {
-            parameters[index]: torch.empty_like(parameters[index]).copy_(value)
+            parameters[index]: torch.empty_like(local(parameters[index].detach())).copy_(value)
             for index, value in own["direction"].items()
         }
+
+
+def _outermost_graphs(module: nn.Module) -> list[SaqGraphModule]:
+    if isinstance(module, SaqGraphModule):
+        return [module]
+    return list(dict.fromkeys(graph for child in module.children() for graph in _outermost_graphs(child)))
 
 
 def _gradient(tensor: Tensor) -> Tensor:
@@ -414,7 +461,7 @@ def _add(totals: dict[Tensor, Tensor], parameters: list[nn.Parameter], memory: d
         torch._foreach_add_([totals[parameter] for parameter in known], [_gradient(parameter) for parameter in known])
     if new:
         gradients = [_gradient(parameter) for parameter in new]
-        copies = [memory.get(p, torch.empty_like(g)) for p, g in zip(new, gradients, strict=True)]
+        copies = [memory[p] if p in memory else torch.empty_like(g) for p, g in zip(new, gradients, strict=True)]
         torch._foreach_copy_(copies, gradients)
         totals.update(zip(new, copies, strict=True))
 
@@ -441,7 +488,7 @@ def _check_options(rho: float, case: int, period: int, beta: float, losses: str,
 
 
 def _check_cuts(chunk_size: int | None, second_pass_fraction: float, max_gradient_norm: float | None) -> None:
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
         raise TrainingError(f"chunk_size must be a number of samples, at least 1, not {chunk_size}")
     if not 0 < second_pass_fraction <= 1:
         raise TrainingError(f"second_pass_fraction must be above 0 and at most 1, not {second_pass_fraction}")

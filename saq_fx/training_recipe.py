@@ -9,10 +9,12 @@ from saq_fx.errors import TrainingError
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Settings of a training run; the defaults are the paper's for ResNets (SAQ, arXiv 2111.12273, Sec. 5).
+    """Settings of a training run; the defaults are the paper's for ResNets (SAQ, arXiv 2111.12273, Sec. 5), except
+    that its batches are cut into chunks of 128.
 
     Args:
         epochs: passes over the data; the learning rate falls from `lr` to 0 along a cosine.
+        batch_size: samples per step of all processes together: for whoever makes the batches.
         optimizer: name of a class of `torch.optim`, the base optimizer; with `optimizer_options`.
         weight_decay: of weights; biases, normalization and clipping levels have none.
         rho, case, period, beta, losses, adaptive, chunk_size, second_pass_fraction, max_gradient_norm: as for `SAQ`.
@@ -26,6 +28,7 @@ class TrainingRecipe:
 
     epochs: int = 90
     lr: float = 0.02
+    batch_size: int = 512
     weight_decay: float = 1e-4
     optimizer: str = "SGD"
     optimizer_options: Mapping[str, Any] = field(default_factory=lambda: {"momentum": 0.9})
@@ -43,7 +46,10 @@ class TrainingRecipe:
     reestimation_batches: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "lr", "temperature"):
+        for name in ("epochs", "batch_size"):
+            if not isinstance(getattr(self, name), int):
+                raise TrainingError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise TrainingError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.weight_decay < 0 or self.reestimation_batches < 0:
@@ -66,7 +72,7 @@ _M = 128  # samples per perturbation (m-sharpness), in all of the paper's runs
 _RESNET = TrainingRecipe(chunk_size=_M)
 # What distillation weighs, and at which temperature, the paper does not say.
 _MOBILENET = replace(_RESNET, epochs=140, weight_decay=4e-5, distillation=0.5, temperature=4.0, reestimation_batches=10)
-_VIT = replace(_RESNET, epochs=150, lr=2e-4, optimizer="AdamW", optimizer_options={}, rho=0.01)
+_VIT = replace(_RESNET, epochs=150, batch_size=1024, lr=2e-4, optimizer="AdamW", optimizer_options={}, rho=0.01)
 
 PAPER_RECIPES: dict[tuple[str, int], TrainingRecipe] = {
     ("resnet18", 2): replace(_RESNET, rho=0.30, weight_decay=2.5e-5),
@@ -81,7 +87,10 @@ PAPER_RECIPES: dict[tuple[str, int], TrainingRecipe] = {
     ("vit_b_32", 4): _VIT,
     ("vit_b_16", 4): _VIT,
 }
-"""The paper's settings on ImageNet, by network and bits (Sec. 5 and Table A). Batches: 512, of ViTs 1024."""
+"""The paper's settings on ImageNet, by network and bits (Sec. 5 and Table A)."""
+
+WITH_OFFSETS = ("mobilenet_v2",)
+"""Networks that the paper prepares with `Recipe(activation_offsets=True)`."""
 
 
 def paper_recipe(network: str, bits: int) -> TrainingRecipe:

@@ -13,7 +13,7 @@ from saq_fx.cli import main
 from saq_fx.errors import SaqError
 from saq_fx.models import build
 from saq_fx.networks import SmallResNet
-from saq_fx.train_command import recipe_of
+from saq_fx.train_command import settings_of
 from saq_fx.training_recipe import TrainingRecipe
 
 
@@ -107,23 +107,32 @@ def test_train_and_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     again = load(SmallResNet(), folder / "model.safetensors", example_inputs=torch.zeros(1, 1, 8, 8))
     assert all(torch.equal(a, b) for a, b in zip(gm.parameters(), again.parameters(), strict=True)), "it had ended"
     assert run(monkeypatch, *command, "--batch", "100", "--lr", "0.01") == 1
-    assert "use another folder" in capsys.readouterr().err
+    assert "of a run with other recipe" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--batch", "100", "--lr", "0.05", "--precision", "W2A2") == 1
+    assert "of a run with other bits" in capsys.readouterr().err
 
 
 def test_train_says_what_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_file: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    command = ["train", f"{model_file}:small", "--data", "digits", "--folder", str(tmp_path)]
+    networks = Path(__file__).parent.parent / "saq_fx" / "networks.py"
+    command = ["train", f"{networks}:SmallResNet", "--data", "digits", "--folder", str(tmp_path)]
     assert run(monkeypatch, *command, "--paper", "resnet18") == 1
     assert "is not NETWORK:BITS" in capsys.readouterr().err
     assert run(monkeypatch, *command, "--paper", "vgg:4") == 1
     assert "no settings for 'vgg'" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--paper", "mobilenet_v2:4") == 1
+    assert "distils from the float model, whose weights are missing: give --weights" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--batch", "2000") == 1
+    assert "batches is empty" in capsys.readouterr().err
     torch.save({}, tmp_path / "empty.pt")
     assert run(monkeypatch, *command, "--weights", str(tmp_path / "empty.pt")) == 1
     assert "does not hold the weights of" in capsys.readouterr().err
 
 
-def test_settings_of_the_paper_and_changes() -> None:
-    recipe = recipe_of("resnet18:2", epochs=3, lr=None, rho=None)
-    assert (recipe.epochs, recipe.rho, recipe.weight_decay) == (3, 0.30, 2.5e-5)
-    assert recipe_of("", epochs=None) == TrainingRecipe()
+def test_settings_of_the_paper() -> None:
+    small, mobile, default = (settings_of(name) for name in ("resnet18:2", "mobilenet_v2:4", ""))
+    assert (small.recipe.rho, small.recipe.weight_decay, small.recipe.batch_size) == (0.30, 2.5e-5, 512)
+    assert (small.precision, small.offsets) == ("W2A2", False)
+    assert (mobile.precision, mobile.offsets) == ("W4A4", True)
+    assert (default.recipe, default.precision) == (TrainingRecipe(batch_size=64), "W4A4")

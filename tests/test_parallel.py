@@ -60,7 +60,10 @@ def run_sharded(gm: nn.Module, data: list[Batch], options: dict[str, Any]) -> di
     fully_shard(gm, mesh=init_device_mesh("cpu", (WORKERS,)))
     assert all(isinstance(p, DTensor) for p in gm.parameters())
     opt = SAQ(gm, torch.optim.SGD(gm.parameters(), RATE, momentum=0.9), RHO, **options)
-    losses = [float(opt.step(lambda x=x, y=y: loss_of(gm(x), y))) for x, y in data]  # type: ignore[misc]
+    losses = []
+    for x, y in data:
+        losses.append(float(opt.step(lambda x=x, y=y: loss_of(gm(x), y))))  # type: ignore[misc]
+        opt.load_state_dict(opt.state_dict())
     parameters = {name: p.full_tensor() for name, p in gm.named_parameters()}  # type: ignore[attr-defined]
     return {"parameters": parameters, "losses": losses, "last": opt.last_step}
 

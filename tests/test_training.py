@@ -5,6 +5,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from saq_fx.errors import CheckpointError, TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.parameters import parameter_groups, parameter_kinds
+from saq_fx.pass_base import Pipeline
+from saq_fx.passes.insert_perturbations import RemovePerturbations
 from saq_fx.prepare import prepare_saq
 from saq_fx.recipe import Recipe
 from saq_fx.sharpness import Perturbation
@@ -363,6 +366,85 @@ def test_a_scaler_lowers_its_scale_where_a_step_is_skipped(bad_pass: int) -> Non
     assert opt.skipped_steps == 1
 
 
+@pytest.mark.filterwarnings("ignore:SAQ skipped")
+def test_a_disabled_scaler_is_none() -> None:
+    gm, (x, y) = prepared(), batch()
+    opt = sgd(gm, period=1, grad_scaler=GradScaler("cpu", enabled=False))
+    before = snapshot(gm, opt)
+    opt.step(lambda: math.inf * loss_of(gm(x), y))
+    assert opt.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(gm, opt), before, strict=True))
+
+
+def test_autocast_around_the_step_sees_the_perturbation() -> None:
+    """Its cache of lowered parameters must not outlive what they were."""
+    net, x = nn.Linear(8, 8, bias=False), torch.randn(4, 8)
+    losses = []
+    for outside in (True, False):
+        opt = SAQ(net, torch.optim.SGD(net.parameters(), 0.0), rho=10.0, period=1)
+
+        def loss(inside: bool = not outside) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=True) if inside else nullcontext():
+                return net(x).square().mean()
+
+        with torch.autocast("cpu", torch.bfloat16) if outside else nullcontext():
+            opt.step(loss)
+            after = net(x).square().mean().detach()
+        assert opt.last_step is not None
+        losses.append((opt.last_step.loss, opt.last_step.perturbed_loss))
+        assert float(after) == pytest.approx(float(opt.last_step.loss), rel=0.01)
+    assert losses[0] == losses[1]
+    assert float(losses[0][1] or 0) > 10 * float(losses[0][0])
+
+
+def test_leaves_that_are_gone_are_noticed() -> None:
+    gm, data = prepared(), [batch()]
+    opt, other = sgd(gm, period=1, case=2), copy.deepcopy(gm)
+    Pipeline((RemovePerturbations(),)).run(gm)
+    with pytest.raises(TrainingError, match=r"no longer has the leaves .* build SAQ anew"):
+        run(gm, opt, data)
+    opt = sgd(other, period=1, case=2)
+    opt.case = 3
+    sgd(other, period=1, case=3)
+    with pytest.raises(TrainingError, match="build SAQ anew"):
+        run(other, opt, data)
+
+
+def test_a_closure_that_fails_takes_no_step() -> None:
+    gm, data = prepared(), batch()
+    reference = Reference(gm, period=2)
+    opt = sgd(gm, period=2)
+    run(gm, opt, [data])
+    with pytest.raises(MemoryError):
+        opt.step(lambda: (_ for _ in ()).throw(MemoryError))
+    run(gm, opt, [data])
+    for _ in range(2):
+        reference.step(data)
+    assert_same(gm, reference.values)
+
+
+def test_a_plain_state_loaded_into_the_base_optimizer_is_shared() -> None:
+    net = nn.Linear(2, 2)
+    plain = torch.optim.SGD(net.parameters(), 0.5, momentum=0.9)
+    opt = SAQ(net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9), period=1)
+    opt.base_optimizer.load_state_dict(plain.state_dict())
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.1)
+    run(net, opt, [(torch.randn(3, 2), torch.randint(2, (3,)))])
+    scheduler.step()
+    assert opt.base_optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert opt.state is opt.base_optimizer.state
+    with pytest.raises(TrainingError, match="cannot be copied"):
+        copy.deepcopy(opt)
+
+
+def test_expanded_buffers_are_left_alone() -> None:
+    net = nn.Linear(2, 2)
+    net.register_buffer("shared", torch.zeros(1).expand(4))
+    opt = SAQ(net, torch.optim.SGD(net.parameters(), 0.1), period=1)
+    run(net, opt, [(torch.randn(3, 2), torch.randint(2, (3,)))])
+    assert opt.skipped_steps == 0
+
+
 def test_steps_under_bfloat16_autocast_are_near_those_in_float32() -> None:
     gm, (x, y) = prepared().float(), batch()
     x, lowered = x.float(), copy.deepcopy(gm)
@@ -507,7 +589,18 @@ def test_a_loaded_state_is_a_copy() -> None:
 
 def snapshot(gm: nn.Module, opt: SAQ) -> list[Tensor]:
     momentum = [state["momentum_buffer"] for state in opt.state.values() if "momentum_buffer" in state]
-    return [tensor.detach().clone() for tensor in (*gm.parameters(), *momentum)]
+    return [tensor.detach().clone() for tensor in (*gm.parameters(), *gm.buffers(), *momentum)]
+
+
+@pytest.mark.filterwarnings("ignore:SAQ skipped")
+@pytest.mark.parametrize("period", [1, 4])
+def test_a_batch_that_is_not_finite_leaves_no_trace(period: int) -> None:
+    gm, (x, y) = prepared(), batch()
+    opt = sgd(gm, lr=0.1, period=period)
+    before = snapshot(gm, opt)
+    run(gm, opt, [(x * math.nan, y)])
+    assert opt.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(gm, opt), before, strict=True))
 
 
 @pytest.mark.parametrize(("period", "bad_pass"), [(1, 1), (1, 2), (4, 1)])

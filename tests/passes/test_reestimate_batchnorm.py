@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from saq_fx.errors import CalibrationError
+from saq_fx.errors import CalibrationError, PassError
 from saq_fx.passes.reestimate_batchnorm import ReestimateBatchNorm
 from saq_fx.prepare import prepare_saq
 from tests.zoo import ZOO
@@ -46,9 +46,30 @@ def test_modes_come_back_and_nothing_else_moves() -> None:
     assert all(p.grad is None for p in gm.parameters())
 
 
-def test_no_batches_are_refused_where_there_is_batchnorm() -> None:
+def test_what_fails_leaves_the_statistics() -> None:
     entry = ZOO["residual"]
+    inputs = entry.inputs()
+    gm = prepare_saq(entry.make(), example_inputs=inputs).train()
+    gm(inputs)
+    before = {name: buffer.clone() for name, buffer in gm.named_buffers()}
     with pytest.raises(CalibrationError, match="no batches"):
-        ReestimateBatchNorm([]).run(prepare_saq(entry.make(), example_inputs=entry.inputs()))
+        ReestimateBatchNorm([]).run(gm)
+    with pytest.raises(RuntimeError):
+        ReestimateBatchNorm([inputs, inputs[:, :1]]).run(gm)
+    for name, buffer in gm.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+class Activated(nn.BatchNorm2d):
+    """Its forward is traced through, so that the graph has a function in its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_functions_are_named_and_nothing_is_needed_without_batchnorm() -> None:
+    gm = prepare_saq(nn.Sequential(nn.Conv2d(1, 2, 3), Activated(2)), example_inputs=torch.randn(2, 1, 5, 5))
+    with pytest.raises(PassError, match="batch_norm: calls of batch_norm with statistics"):
+        ReestimateBatchNorm([torch.randn(2, 1, 5, 5)]).run(gm)
     plain = prepare_saq(nn.Linear(2, 2), example_inputs=torch.ones(1, 2))
     assert not ReestimateBatchNorm([]).run(plain).modified

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from saq_fx.data import digits
 from saq_fx.distillation import distillation_loss
-from saq_fx.errors import CheckpointError, TrainingError
+from saq_fx.errors import CheckpointError, PassError, TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.networks import SmallResNet
 from saq_fx.parameters import parameter_groups
@@ -124,6 +124,23 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert_equal_states(again, expected)
 
 
+def by_batches() -> DataLoader[Any]:
+    data = images()
+    order = RandomSampler(data, generator=torch.Generator().manual_seed(3))
+    return DataLoader(data, batch_sampler=BatchSampler(order, 8, drop_last=True))
+
+
+def test_a_batch_sampler_s_generator_is_resumed_too(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = prepared()
+    TrainSaq(by_batches(), recipe=RECIPE).run(expected)
+    with pytest.raises(Stopped):
+        TrainSaq(by_batches(), StopsAt(12), RECIPE, folder=tmp_path, checkpoint_every=3).run(prepared())
+    gm = prepared()
+    TrainSaq(by_batches(), recipe=RECIPE, folder=tmp_path).run(gm)
+    assert_equal_states(gm, expected)
+
+
 SCRIPT = """
 import sys, time, torch
 from pathlib import Path
@@ -208,7 +225,8 @@ def test_distillation_is_zero_for_equal_outputs_and_scales_with_temperature() ->
     a, b = torch.randn(2, 6, 4, 5, dtype=torch.float64)
     assert float(distillation_loss(a, a, 2.0)) == pytest.approx(0.0, abs=1e-15)
     p, q = (a / 2).softmax(-1), (b / 2).softmax(-1)
-    assert float(distillation_loss(b, a, 2.0)) == pytest.approx(float(4 * (p * (p / q).log()).sum() / 24))
+    images, others = a.movedim(-1, 1), b.movedim(-1, 1)
+    assert float(distillation_loss(others, images, 2.0)) == pytest.approx(float(4 * (p * (p / q).log()).sum() / 24))
 
 
 def test_graphs_with_leaves_are_left_without() -> None:
@@ -252,6 +270,11 @@ class Unsized:
         return iter(())
 
 
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
 class Short:
     """Gives fewer batches than it says."""
 
@@ -265,6 +288,14 @@ class Short:
 def test_misuse_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="batches must have a length"):
         TrainSaq(Unsized())  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match="batches must have a length"):
+        TrainSaq(DataLoader(Endless()))
+    with pytest.raises(TrainingError, match="batches is empty"):
+        TrainSaq([])
+    with pytest.raises(TrainingError, match=r"optimizer_options do not suit SGD.*speed"):
+        TrainSaq(loader(), recipe=TrainingRecipe(optimizer_options={"speed": 1})).run(prepared())
+    with pytest.raises(PassError, match="lacks 'quantizers'"):
+        TrainSaq(loader()).run(prepare_saq(network(), example_inputs=digits(20)[0].x, precision=None))
     with pytest.raises(TrainingError, match="distillation takes both"):
         TrainSaq(loader(), teacher=network())
     with pytest.raises(TrainingError, match="mixed_precision is one of no, bf16, fp16, not 'int8'"):
@@ -276,17 +307,24 @@ def test_misuse_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="batches has length 3, but gave 2"):
         TrainSaq(Short(), recipe=RECIPE).run(prepared())
     TrainSaq(loader(), recipe=RECIPE, folder=tmp_path).run(prepared())
-    with pytest.raises(CheckpointError, match=r"is of a run of 15 steps in 1 processes .* use another folder"):
+    with pytest.raises(CheckpointError, match=r"is of a run with other recipe .*: use another folder"):
         TrainSaq(loader(), recipe=replace(RECIPE, lr=0.5), folder=tmp_path).run(prepared())
     other = prepare_saq(SmallResNet(), example_inputs=digits(20)[0].x)
-    with pytest.raises(CheckpointError, match="is of another model"):
+    with pytest.raises(CheckpointError, match="is of a run with other bits"):
         TrainSaq(loader(), recipe=RECIPE, folder=tmp_path).run(other)
+    with pytest.raises(CheckpointError, match="is of a run with other lower type"):
+        TrainSaq(loader(), recipe=RECIPE, folder=tmp_path, mixed_precision="bf16").run(prepared())
+    for content in (b"", b"nonsense", (tmp_path / "checkpoint.pt").read_bytes()[:1000]):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(CheckpointError, match="is not a checkpoint of TrainSaq"):
+            TrainSaq(loader(), recipe=RECIPE, folder=str(tmp_path)).run(prepared())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs must be above 0"),
+        ({"epochs": 1.5}, "epochs must be a whole number, not 1.5"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"distillation": 1.5}, "distillation is a weight between 0 and 1"),
         ({"weight_decay": -1.0}, "cannot be negative"),

@@ -92,7 +92,7 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     given = signature.bind(*inputs[0], **inputs[1]).arguments
     positional: list[fx.Node] = []
     keyword: dict[str, fx.Node] = {}
-    more: dict[str, fx.Node] = {}
+    more: dict[str, Any] = {}
     complete = True
     for name, parameter in signature.parameters.items():
         default = parameter.default

@@ -10,6 +10,7 @@
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn

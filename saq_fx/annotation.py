@@ -58,8 +58,16 @@ class LayerAnnotation:
 
     def under(self, path: str) -> "LayerAnnotation":
         """The same layer, its modules and weight named from outside, where its graph is a part at `path`."""
-        paths = {field: getattr(self, field) for field in ("weight", "input_quantizer", "weight_quantizer")}
-        return replace(self, **{field: join_path(path, inner) for field, inner in paths.items() if inner is not None})
+
+        def outside(inner: str | None) -> str | None:
+            return None if inner is None else join_path(path, inner)
+
+        return replace(
+            self,
+            weight=outside(self.weight),
+            input_quantizer=outside(self.input_quantizer),
+            weight_quantizer=outside(self.weight_quantizer),
+        )
 
 
 def join_path(outer: str, inner: str) -> str:

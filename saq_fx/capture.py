@@ -10,6 +10,7 @@
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -92,7 +93,7 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     given = signature.bind(*inputs[0], **inputs[1]).arguments
     positional: list[fx.Node] = []
     keyword: dict[str, fx.Node] = {}
-    more: dict[str, fx.Node] = {}
+    more: dict[str, Any] = {}
     complete = True
     for name, parameter in signature.parameters.items():
         default = parameter.default

@@ -10,13 +10,14 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saq_fx.dataflow import reads_shape_only
+from saq_fx.graph import call_arguments
 
 
-class _SizesByValue(TorchDispatchMode):
+class _SizesByValue(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, notes whether an operation ran whose output's shape depends on values, as `nonzero`'s does."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = False
 
     def __torch_dispatch__(
@@ -103,7 +104,7 @@ class ExampleValues:
             value = getattr(self._tracer.root.get_submodule(owner), name)
             # Running statistics that this run moves must not be the model's own.
             return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        args, kwargs = call_arguments(node, self._values.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_function":

@@ -2,7 +2,7 @@
 
 import copy
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -44,14 +44,14 @@ class SaqGraphModule(fx.GraphModule):
         hooks = gm._load_state_dict_post_hooks
         vars(gm).update(vars(model))
         gm._load_state_dict_post_hooks = hooks
-        gm._python_class = type(model)
+        vars(gm)["_python_class"] = type(model)
         gm.graph = graph
         return gm
 
     @property
     def python_model(self) -> nn.Module:
         """This module as an object of the class of the model that `around` was given; both have one state."""
-        model: nn.Module = object.__new__(self._python_class)  # type: ignore[call-overload]
+        model: nn.Module = object.__new__(vars(self)["_python_class"])
         model.__dict__ = self.__dict__
         return model
 
@@ -203,6 +203,25 @@ def run_eagerly(
     """Runs a model's forward as Python does: the one operation of a graph that stands for an untraceable model."""
     # Of the class: what is set on the object is a forward of the graph.
     return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)
+
+
+def call_arguments(node: fx.Node, values: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a node's function is called with. Lists are new ones, as in compiled code: some functions change them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return values(value)
+        if isinstance(value, slice):
+            return slice(*map(plain, (value.start, value.stop, value.step)))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(plain, value))
+        if isinstance(value, tuple):
+            return tuple(map(plain, value))
+        if isinstance(value, list):
+            return list(map(plain, value))
+        return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    return tuple(map(plain, node.args)), {name: plain(each) for name, each in node.kwargs.items()}
 
 
 def graphs(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[str, SaqGraphModule]]:

@@ -1,6 +1,8 @@
 """From a float model to an annotated, quantized graph; and changing its bits afterwards."""
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -23,6 +25,19 @@ from saq_fx.recipe import Recipe
 from saq_fx.tracing import ExampleInputs
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within: no garbage collection. What a graph is made of stays, and walking it again and again takes long."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_uncollected()
 def prepare_saq(
     model: nn.Module | ExportedProgram,
     *,

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from saq_fx.annotation import Shape
 from saq_fx.errors import TracingError
-from saq_fx.graph import SaqGraphModule, graphs
+from saq_fx.graph import SaqGraphModule, call_arguments, graphs
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
@@ -58,6 +58,9 @@ class _Interpreter(fx.Interpreter):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*bind_inputs(self._gm, args, kwargs))
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return call_arguments(n, self.env.__getitem__)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return next(self.args_iter)  # `*args` too is one value

@@ -312,7 +312,7 @@ def _recorded(function: Callable[..., Any], always_by: SymbolicTracer | None) ->
 
     def record(*args: Any, **kwargs: Any) -> Any:
         proxy = _symbolic_trace._find_proxy(args, kwargs)
-        tracer = always_by if proxy is None else proxy.tracer
+        tracer: Any = always_by if proxy is None else proxy.tracer
         if tracer is None or tracer.is_evaluating:
             return function(*args, **kwargs)
         return tracer.create_proxy("call_function", function, args, kwargs)
@@ -328,7 +328,7 @@ def _rejecting_checkpoints() -> Iterator[None]:
     def reject(*args: Any) -> Any:
         if _symbolic_trace._find_proxy(args, {}) is not None:
             raise TracingError("torch.utils.checkpoint runs its function a second time, which no graph does")
-        return original(*args)
+        return original(*args)  # type: ignore[no-untyped-call]
 
     checkpoint._infer_device_type = reject
     try:

@@ -1,6 +1,7 @@
 """Models that are hard to capture: each is prepared right, or refused with a message that says what to do."""
 
 import copy
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from saq_fx.annotation import record_of
+from saq_fx.checkpoint import load, save
 from saq_fx.errors import SaqError, TracingError
 from saq_fx.graph import graphs, layers
-from saq_fx.prepare import apply_policy, prepare_saq
+from saq_fx.prepare import apply_policy, calibrate, prepare_saq
 from saq_fx.report import precision_report
+from saq_fx.search import search_precision
 from saq_fx.training import SAQ
 
 
@@ -215,12 +218,16 @@ no_gradients = pytest.mark.filterwarnings("ignore:None of the inputs have requir
 
 
 @no_gradients
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CAPTURED),
+        # The others make float32 tensors themselves.
+        *((name, torch.float16) for name in ("gate", "iterated", "hooked", "checkpointed", "pyramid")),
+    ],
+)
 def test_float_graph_is_the_model_on_other_paths_too(name: str, dtype: torch.dtype) -> None:
     make, way, names = CAPTURED[name]
-    if dtype == torch.float16 and name in ("parametrized", "in_place", "generated"):
-        pytest.skip("the model itself makes float32 tensors, or computes what there is in float32 only")
     model, x = make().to(dtype), torch.randn(2, 3, 8, 8).to(dtype)
     gm = prepare_saq(model, example_inputs=x, precision=None)
     assert record_of(gm).tracing == way
@@ -255,6 +262,28 @@ def test_all_of_it_is_quantized_trained_and_copied(name: str) -> None:
     apply_policy(copied, "W2A2")
     assert all(layer.pinned or str(layer.precision) == "W2A2" for _, layer in layers(copied))
     assert all(layer.pinned or str(layer.precision) == "W4A4" for _, layer in layers(gm))
+
+
+@no_gradients
+@pytest.mark.parametrize("name", ["gate", "pyramid", "checkpointed"])
+def test_parts_are_searched_saved_and_pickled(name: str, tmp_path: Path) -> None:
+    model, x = CAPTURED[name][0](), torch.randn(2, 3, 8, 8)
+    gm = prepare_saq(model, example_inputs=x)
+    batches = [(torch.randn(2, 3, 8, 8), torch.zeros(2)) for _ in range(2)]
+    found = search_precision(gm, batches, lambda output, _: output.square().mean(), budget="0.95xW8A8")
+    assert list(found.policy) == [layer.name for _, layer in layers(gm)]
+    apply_policy(gm, found.policy)
+    calibrate(gm, [x])
+    save(gm, tmp_path / "model.safetensors")
+    loaded = load(model, tmp_path / "model.safetensors", example_inputs=x)
+    expected = gm.eval()(x)
+    assert torch.equal(loaded.eval()(x), expected)
+    buffer = io.BytesIO()
+    torch.save(gm, buffer)
+    buffer.seek(0)
+    pickled = torch.load(buffer, weights_only=False)
+    assert torch.equal(pickled(x), expected)
+    assert [layer for _, layer in layers(pickled)] == [layer for _, layer in layers(gm)]
 
 
 def test_parts_know_their_place() -> None:

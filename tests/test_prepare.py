@@ -17,6 +17,7 @@ from saq_fx.precision import Policy, Precision
 from saq_fx.prepare import apply_policy, calibrate, layer_quantizers, prepare_saq
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
+from saq_fx.report import precision_report
 from saq_fx.tracing import split_inputs
 from tests.zoo import ZOO
 
@@ -257,3 +258,82 @@ def test_errors_name_what_is_wrong() -> None:
         apply_policy(prepare_saq(model, precision=None), "W4A4")
     with pytest.raises(TracingError, match=r"shapes \[\(2, 5, 4, 4\)\]"):
         prepare_saq(model, example_inputs=torch.randn(2, 5, 4, 4))
+
+
+class Words(nn.Module):
+    """Two tables, one read twice, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(50, 8, padding_idx=0)
+        self.positions = nn.Embedding(6, 8)
+        self.inner = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.tokens(tokens.flip(1)) + self.positions(torch.arange(tokens.shape[1]))
+        return self.head(torch.relu(self.inner(x)))
+
+
+def test_embeddings_stay_float_unless_asked_for() -> None:
+    tokens = torch.randint(50, (2, 6))
+    gm = prepare_saq(Words(), example_inputs=tokens)
+    assert [layer.name for _, layer in layers(gm)] == ["inner", "head"]
+    assert precision_report(gm).uncounted == ()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_embeddings_are_layers_without_macs(per_channel: bool) -> None:
+    tokens = torch.randint(50, (2, 6))
+    recipe = Recipe(embeddings=True, per_channel=per_channel)
+    policy = Policy({"op:embedding": "W3A8", "positions": "float"}, default="W4A4")
+    gm = prepare_saq(Words(), example_inputs=tokens, precision=policy, recipe=recipe)
+    rows = {row.name: row for row in precision_report(gm).rows}
+    assert list(rows) == ["tokens", "tokens@1", "positions", "inner", "head"]
+    assert [(row.op, row.macs, row.bitops, row.weight_bits) for row in list(rows.values())[:3]] == [
+        ("embedding", 0, 0, 3),
+        ("embedding", 0, 0, 3),
+        ("embedding", 0, 0, 32),
+    ]
+    levels = 8 if per_channel else 1
+    assert rows["tokens"].weight_bytes == 50 * 8 * 3 / 8 + 4 * levels
+    assert rows["tokens@1"].weight_bytes == 0
+    assert rows["tokens"].activation_bytes == 0
+    assert [rows[name].pinned for name in rows] == [None, None, None, "first", "last"]
+    table = gm.get_submodule("tokens.weight_quantizer")(gm.get_parameter("tokens.weight"))
+    assert all(len(column.unique()) <= 8 for column in (table.T if per_channel else [table]))
+    gm(tokens).sum().backward()
+    assert bool((gm.get_parameter("tokens.weight").grad[0] == 0).all())
+
+
+def test_a_table_tied_to_a_layer_shares_its_quantizer_and_bits() -> None:
+    inputs = ZOO["tied"].inputs()
+    gm = prepare_saq(ZOO["tied"].make(), example_inputs=inputs, precision="W3A3", recipe=Recipe(embeddings=True))
+    found = {layer.name: layer for _, layer in layers(gm)}
+    assert list(found) == ["embedding", "inner", "inner@1", "head"]
+    table, head = found["embedding"], found["head"]
+    assert table.weight_quantizer == head.weight_quantizer
+    assert table.choice_group == head.choice_group == "head"
+    assert str(table.precision) == str(head.precision) == "W8A8"  # the head is the last layer
+    rows = {row.name: row for row in precision_report(gm).rows}
+    assert (rows["embedding"].weight_bytes, rows["head"].weight_bytes) == (0, 11 * 8 + 4)
+
+
+def test_overrides_by_name_operator_and_class() -> None:
+    inputs = ZOO["attention"].inputs()
+    policy = Policy(
+        {"op:matmul": "W6A6", "class:MultiheadAttention": "W5A5", "self_*.out_proj": "float", "head": "W2A2"},
+        default="W4A4",
+    )
+    gm = prepare_saq(ZOO["attention"].make(), example_inputs=inputs, precision=policy)
+    found = {layer.name: (layer.op, str(layer.precision)) for _, layer in layers(gm)}
+    assert found["self_attention.out_proj"] == ("linear", "W32A32")
+    assert found["cross_attention.out_proj"] == ("linear", "W5A5")
+    assert found["head"] == ("linear", "W2A2")
+    assert found["packed"] == ("linear", "W4A4")
+    products = {name: bits for name, (op, bits) in found.items() if op == "matmul"}
+    assert sorted(products.values()) == ["W5A5"] * 4 + ["W6A6"] * 2
+    with pytest.raises(PatternError, match=r"'op:conv2d': the nearest are op:linear"):
+        prepare_saq(ZOO["attention"].make(), example_inputs=inputs, precision=Policy({"op:conv2d": "float"}))
+    with pytest.raises(PatternError, match=r"'class:MultiHead': the nearest are class:MultiheadAttention"):
+        prepare_saq(ZOO["attention"].make(), example_inputs=inputs, precision=Policy({"class:MultiHead": "float"}))

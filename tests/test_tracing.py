@@ -205,3 +205,31 @@ def test_an_exported_program_follows_the_mode(exported_in_training: bool) -> Non
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     names = [layer.name for _, layer in layers(prepare_saq(program, example_inputs=x))]
     assert names == ["conv", "head"]
+
+
+def halve(sizes: list[int], of: int) -> int:
+    """Changes its argument, as torchvision's video transformers do."""
+    sizes[0] = of // 2
+    return sizes[0] + sizes[1]
+
+
+torch.fx.wrap("halve")
+
+
+class Mutating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [4, 1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = halve(self.sizes.copy(), x.shape[-1])
+        return x * 2 if size > 3 else x
+
+
+def test_functions_may_change_their_lists() -> None:
+    gm = trace(Mutating(), torch.randn(2, 6))
+    for width in (6, 7):
+        x = torch.randn(2, width)
+        assert torch.equal(gm(x), Mutating()(x))
+    with pytest.raises(TracingError, match="another path"):
+        gm(torch.randn(2, 2))

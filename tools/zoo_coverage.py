@@ -85,12 +85,13 @@ def resized(value: Any) -> Any:
 def other_shape(model: nn.Module, gm: nn.Module, inputs: Any) -> str:
     """As `equality`, on other shapes; "not taken" by the model itself, or "refused" by the graph's guards."""
     inputs = resized(inputs)
+    before = copy.deepcopy(model.state_dict())
     try:
         for training in (False, True):
-            run(copy.deepcopy(model).train(training), inputs)
+            run(model.train(training), inputs)
     except Exception:  # whatever a model does with inputs that are not for it
         return "not taken"
-    gm.load_state_dict(model.state_dict())
+    model.load_state_dict(before)
     try:
         return equality(model, gm, inputs)
     except TracingError:
@@ -103,11 +104,11 @@ def check(name: str, make: Maker) -> tuple[Any, ...]:
     start = time.perf_counter()
     model, inputs = make()
     try:
+        # Both before the model runs: some keep activations, with which they cannot be copied.
         gm = prepare_saq(model, example_inputs=inputs, precision=None)
+        quantized = prepare_saq(model, example_inputs=inputs)
         same = equality(model, gm, inputs)
         other = other_shape(model, gm, inputs)
-        del gm
-        quantized = prepare_saq(model, example_inputs=inputs)
         report = precision_report(quantized)
         outputs, gradients = run(quantized.train(), inputs)
         finite = all(bool(torch.isfinite(each).all()) for each in (*outputs, *gradients.values()))

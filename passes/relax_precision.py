@@ -2,20 +2,19 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from saq_fx.annotation import NETWORK_INPUT_BITS, LayerAnnotation
+from saq_fx.annotation import LayerAnnotation
 from saq_fx.errors import PrecisionError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.precision import MAX_BITS, MIN_BITS, Precision
+from saq_fx.precision import MAX_BITS, MIN_BITS
 
 CANDIDATES = (2, 3, 4, 6)
 
@@ -84,58 +83,3 @@ def _replace(gm: SaqGraphModule, paths: Iterable[str | None], bits: tuple[int, .
                 candidate.initialized = False
             gm.set_submodule(path, MixtureQuantizer(candidates, logits))
     return bool(plain)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One free choice of bits, for all layers of a group.
-
-    `weight` and `activation` are mixtures that hold its logits: one of those that share them. A product of two
-    activations has no weight mixture, a layer that reads the network's input no activation mixture.
-    """
-
-    name: str
-    layers: tuple[str, ...]
-    weight: MixtureQuantizer | None
-    activation: MixtureQuantizer | None
-
-    @property
-    def mixtures(self) -> tuple[MixtureQuantizer, ...]:
-        """The mixtures that there are, one for each vector of logits."""
-        return tuple(each for each in (self.weight, self.activation) if each is not None)
-
-    def precisions(self) -> list[Precision]:
-        """What can be chosen: every pair of weight bits and activation bits."""
-        if self.weight is None:
-            return [Precision(bits, bits) for bits in self.activation.candidates]  # type: ignore[union-attr]
-        activation = (NETWORK_INPUT_BITS,) if self.activation is None else self.activation.candidates
-        return [Precision(*pair) for pair in product(self.weight.candidates, activation)]
-
-    def over_pairs(self, combine: Callable[[Tensor, Tensor], Tensor], values: Sequence[Tensor]) -> Tensor:
-        """One value for each of `precisions()`, combined from those of each mixture's candidates."""
-        if len(values) == 1:
-            return values[0]
-        of_weight, of_activation = values
-        return combine(of_weight[:, None], of_activation).flatten()
-
-    def probabilities(self) -> Tensor:
-        """How likely each of `precisions()` is, the two operands being independent."""
-        return self.over_pairs(torch.mul, [mixture.probabilities() for mixture in self.mixtures])
-
-
-def choices(gm: SaqGraphModule) -> list[Choice]:
-    """The free choices of a relaxed graph, in the order of execution; none of a graph without mixtures."""
-    found = [_choice(gm, group) for group in _searchable_groups(gm)]
-    return [choice for choice in found if choice.mixtures]
-
-
-def _choice(gm: SaqGraphModule, group: list[LayerAnnotation]) -> Choice:
-    weights = [layer.weight_quantizer for layer in group if not layer.is_product]
-    activations = [layer.input_quantizer for layer in group]
-    names = tuple(layer.name for layer in group)
-    return Choice(group[0].choice_group, names, _first_mixture(gm, weights), _first_mixture(gm, activations))
-
-
-def _first_mixture(gm: SaqGraphModule, paths: Iterable[str | None]) -> MixtureQuantizer | None:
-    modules = (gm.get_submodule(path) for path in paths if path is not None)
-    return next((module for module in modules if isinstance(module, MixtureQuantizer)), None)

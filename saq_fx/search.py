@@ -17,12 +17,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from saq_fx.allocation import allocate_under, frontier
+from saq_fx.choices import choices
 from saq_fx.cost import CostTable, budget_constraints, cost_table, feasible_range
 from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, SaqError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pipeline, check_facts
-from saq_fx.passes.relax_precision import CANDIDATES, RelaxPrecision, choices
+from saq_fx.passes.relax_precision import CANDIDATES, RelaxPrecision
 from saq_fx.passes.search_asga import Batch, LossFunction, SearchAsga, SearchStep
 from saq_fx.precision import Budget, Policy, Precision, write_whole
 from saq_fx.shapes import evaluating

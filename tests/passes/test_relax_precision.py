@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from saq_fx.choices import choices
 from saq_fx.errors import PassError, PrecisionError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pipeline
-from saq_fx.passes.relax_precision import RelaxPrecision, choices
+from saq_fx.passes.relax_precision import RelaxPrecision
 from saq_fx.precision import Policy, Precision
 from saq_fx.prepare import apply_policy, prepare_saq
 from saq_fx.recipe import Recipe

@@ -10,11 +10,12 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saq_fx.choices import ExpectedShares, choices
 from saq_fx.errors import InfeasibleBudgetError, PassError, PrecisionError, TrainingError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.networks import SmallResNet
-from saq_fx.passes.relax_precision import RelaxPrecision, choices
-from saq_fx.passes.search_asga import ExpectedShares, SearchAsga, SearchStep
+from saq_fx.passes.relax_precision import RelaxPrecision
+from saq_fx.passes.search_asga import SearchAsga, SearchStep
 from saq_fx.precision import Budget
 from saq_fx.prepare import prepare_saq
 from saq_fx.recipe import Recipe
@@ -95,7 +96,9 @@ class Reference:
         self.parameters = {name: each.detach().clone() for name, each in gm.named_parameters()}
         for name in self.names:
             self.parameters[f"{name}.logits"] = self.start()
-        self.perturbed = {name for name in self.parameters if "level" not in name}
+        self.parameters["moved"] = torch.zeros_like(self.parameters["conv.weight"])  # of the mixed weight
+        before = ("conv.weight", "conv.weight_quantizer.logits")
+        self.perturbed = {name for name in self.parameters if "level" not in name and name not in before}
         self.momentum = {name: torch.zeros_like(each) for name, each in self.parameters.items()}
         self.square = {name: torch.zeros_like(each) for name, each in self.parameters.items()}
         self.rho, self.gap, self.beta, self.done = options.rho, 0.0, 0.0, 0
@@ -124,7 +127,7 @@ class Reference:
         x, targets = batch
         weight = plain(clip_weight, parameters["stem.weight"], "stem.weight_quantizer")
         x = F.conv2d(x, weight, parameters["stem.bias"], padding=1).relu()
-        weight = mixture(clip_weight, parameters["conv.weight"], "conv.weight_quantizer")
+        weight = mixture(clip_weight, parameters["conv.weight"], "conv.weight_quantizer") + parameters["moved"]
         x = F.conv2d(mixture(clip_activation, x, "conv.input_quantizer"), weight, padding=1)
         x = F.batch_norm(x, None, None, parameters["norm.weight"], parameters["norm.bias"], training=True)
         x = plain(clip_activation, x.relu().mean((2, 3)), "head.input_quantizer")
@@ -150,6 +153,7 @@ class Reference:
         scale = self.rho / norm - options.alignment
         moved = {n: p + scale * g[n] if n in self.perturbed else p for n, p in self.parameters.items()}
         perturbed_loss, g_a = self.gradient(moved, lambda p: self.loss(p, batch, temperature))
+        trajectory = self.trajectory(temperature)
         cost, of_cost = self.gradient(self.parameters, lambda p: self.share(p, temperature))
         for name in self.names:
             p = self.probabilities(self.parameters, name, temperature)
@@ -162,20 +166,38 @@ class Reference:
                 parameter -= options.logits_lr * self.adam(name, descent + price * of_cost[name])
             else:
                 self.momentum[name] = 0.9 * self.momentum[name] + descent
-                parameter -= options.weight_lr * self.momentum[name]
-        flat, flat_a = (torch.cat([each.flatten() for each in found.values()]) for found in (g, g_a))
+                parameter -= options.weight_lr * self.momentum[name] * (name != "moved")
+        flat, flat_a = (torch.cat([found[name].flatten() for name in sorted(self.perturbed)]) for found in (g, g_a))
         gap, rho, beta = max(0.0, perturbed_loss - loss), self.rho, self.beta
         cosine = float(F.cosine_similarity(flat, flat_a, dim=0))
         self.gap = gap if self.done == 1 else 0.9 * self.gap + 0.1 * gap
         self.rho = min(max(math.log(self.gap + 1), options.rho_range[0]), options.rho_range[1])
         self.beta += options.dual_lr * (cost - 1)
-        return SearchStep(loss, perturbed_loss, gap, rho, 2 * gap / rho**2, cosine, cost, beta, temperature)
+        numbers = loss, perturbed_loss, gap, rho, 2 * gap / rho**2, cosine, cost, beta, temperature
+        return SearchStep(*numbers, **trajectory)
+
+    def trajectory(self, temperature: float) -> dict[str, Any]:
+        labels = dict(zip(self.names, ("conv weight", "conv activation"), strict=True))
+        bits = torch.tensor(BITS, dtype=torch.float64)
+        return {
+            "logits": {label: tuple(self.parameters[f"{name}.logits"].tolist()) for name, label in labels.items()},
+            "bits": {
+                label: float(self.probabilities(self.parameters, name, temperature) @ bits)
+                for name, label in labels.items()
+            },
+        }
 
     def adam(self, name: str, gradient: Tensor) -> Tensor:
         self.momentum[name] = 0.9 * self.momentum[name] + 0.1 * gradient
         self.square[name] = 0.999 * self.square[name] + 0.001 * gradient**2
         mean, square = self.momentum[name] / (1 - 0.9**self.done), self.square[name] / (1 - 0.999**self.done)
         return mean / (square.sqrt() + 1e-8)
+
+
+def numbers(step: SearchStep) -> dict[str, Any]:
+    """All that a step saw, flat."""
+    logits = {f"{name} {index}": each for name, vector in step.logits.items() for index, each in enumerate(vector)}
+    return {**vars(step), **step.bits, **logits, "logits": 0, "bits": 0}
 
 
 def test_steps_are_those_of_the_formulas() -> None:
@@ -185,7 +207,7 @@ def test_steps_are_those_of_the_formulas() -> None:
     expected = [reference.step(batch) for batch in data]
     result = options.run(gm)
     for step, other in zip(result.history, expected, strict=True):
-        assert vars(step) == pytest.approx(vars(other), rel=1e-7, abs=1e-10)
+        assert numbers(step) == pytest.approx(numbers(other), rel=1e-7, abs=1e-10)
     for name, parameter in gm.named_parameters():
         torch.testing.assert_close(parameter.detach(), reference.parameters[name], rtol=1e-8, atol=1e-10, msg=name)
     weight, activation = (reference.gains[name] / STEPS for name in reference.names)
@@ -295,7 +317,7 @@ def test_what_is_wrong_is_named() -> None:
         SearchAsga([], F.cross_entropy, budgets).run(small_resnet())
     with pytest.raises(TrainingError, match="no length"):
         SearchAsga(iter(digits_like(1)), F.cross_entropy, budgets).run(small_resnet())
-    with pytest.raises(TrainingError, match="step 1 of the search has loss nan"):
+    with pytest.raises(TrainingError, match="step 1 of the search: the loss is nan"):
         SearchAsga(digits_like(1), lambda outputs, _: outputs.sum() * torch.nan, budgets).run(small_resnet())
     with pytest.raises(InfeasibleBudgetError):
         SearchAsga(digits_like(1), F.cross_entropy, (Budget.bitops(1),)).run(small_resnet())

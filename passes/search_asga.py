@@ -279,9 +279,11 @@ class _Search:
         """Steps both optimizers; returns the expected cost, as a share of the budget, before the step."""
         cost = self.shares().max()
         share = float(cost.detach())
-        charge = self.options.beta * self.complexity().sum()
+        charge = cost.new_zeros(())
         if self.options.budgets:
             charge = charge + (self.price + self.options.damping * (share - 1)) * cost
+        if self.options.beta:
+            charge = charge + self.options.beta * self.complexity().sum()
         for logits, slope in zip(self.logits, torch.autograd.grad(charge, self.logits), strict=True):
             logits.grad = slope if logits.grad is None else logits.grad + slope
         for optimizer in self.optimizers:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -202,13 +203,13 @@ class _Mix(torch.autograd.Function):
         grids: tuple[_Grid, ...],
         memory: Tensor | None,
     ) -> Tensor:
-        candidates = _candidates(probabilities, levels, offsets, center, grids)
-        constant = sum(each.weight * each.offset - each.slope * each.grid.zero for each in candidates)
+        candidates = _Candidates.of(probabilities, levels, offsets, center, grids)
+        slopes = levels.new_tensor(candidates.slopes)
+        constant = levels.new_tensor(candidates.constant())
         mixed = torch.empty_like(x, memory_format=torch.contiguous_format) if memory is None else memory.detach()
-        for block, mixed_block, codes, _ in _blocks(x, mixed):
-            mixed_block.fill_(constant)
-            for candidate in candidates:
-                mixed_block.add_(candidate.codes(block, codes), alpha=candidate.slope)
+        for codes, block, mixed_block in _blocks(len(grids), x, mixed):
+            candidates.write_codes(block, codes)
+            torch.addmv(constant.expand(len(block)), codes.T, slopes, out=mixed_block)
         return mixed
 
     @staticmethod
@@ -223,22 +224,20 @@ class _Mix(torch.autograd.Function):
             # The gradients are to be differentiated again.
             tensors = x - ctx.center, probabilities, levels, offsets
             return *_differentiable_gradients(grad, ctx.grids, *tensors), None, None, None
-        candidates = _candidates(probabilities, levels, offsets, ctx.center, ctx.grids)
-        all_edges = _edges(levels, offsets, ctx.center, ctx.grids)
+        candidates = _Candidates.of(probabilities, levels, offsets, ctx.center, ctx.grids)
+        edges = _edges(levels, offsets, ctx.center, ctx.grids)
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        needs_count = offsets is not None or ctx.center != 0
-        for block, grad_block, grad_x_block, codes, inside in _blocks(x, grad, grad_x):
-            grad_x_block.zero_()
-            for each, edges in zip(candidates, all_edges, strict=True):
-                each.sum_codes += float(grad_block.dot(each.codes(block, codes)))
+        sums = []
+        for work, block, grad_block, grad_x_block in _blocks(len(edges), x, grad, grad_x):
+            candidates.write_codes(block, work)
+            of_codes = work.mv(grad_block)
+            for (low, high), inside in zip(edges, work.unbind(), strict=True):
                 # A comparison and a product would take four times as long.
-                torch.ops.aten.hardtanh_backward.grad_input(grad_block, block, *edges, grad_input=inside)
-                grad_x_block.add_(inside, alpha=each.weight)
-                each.sum_inside_x += float(inside.dot(block))
-                if needs_count:
-                    each.sum_inside += float(inside.sum())
-        total = float(grad.sum())
-        gradients = zip(*(each.gradients(total, x.numel()) for each in candidates), strict=True)
+                torch.ops.aten.hardtanh_backward.grad_input(grad_block, block, low, high, grad_input=inside)
+            torch.mv(work.T, probabilities, out=grad_x_block)
+            sums.append(torch.stack([of_codes, work.sum(1), work.mv(block)]))
+        totals = torch.stack(sums).sum(0, dtype=torch.double).tolist()
+        gradients = candidates.gradients(*totals, total=float(grad.sum()), numel=x.numel())
         of_probabilities, of_levels, of_offsets = (levels.new_tensor(each) for each in gradients)
         return grad_x, of_probabilities, of_levels, None if offsets is None else of_offsets, None, None, None
 
@@ -257,48 +256,59 @@ def _differentiable_gradients(
     return gradients if offsets is not None else (*gradients, None)
 
 
-@dataclass
-class _Candidate:
-    """One candidate in numbers, and the sums over blocks that its gradients need.
+@dataclass(frozen=True)
+class _Candidates:
+    """The candidates in numbers: `k = round(clamp(rate x + shift, *code_range))` of each."""
 
-    `k = round(clamp(rate x + shift, *code_range))`.
-    """
+    grids: tuple[_Grid, ...]
+    weights: list[float]
+    levels: list[float]
+    offsets: list[float]
+    origins: list[float]
+    rates: list[float]
+    shifts: Tensor
+    code_ranges: list[tuple[float, float]]
 
-    grid: _Grid
-    weight: float
-    level: float
-    offset: float
-    origin: float
-    shift: Tensor
-    sum_codes: float = 0.0
-    sum_inside: float = 0.0
-    sum_inside_x: float = 0.0
+    @classmethod
+    def of(
+        cls, probabilities: Tensor, levels: Tensor, offsets: Tensor | None, center: float, grids: tuple[_Grid, ...]
+    ) -> "_Candidates":
+        numbers, offset = levels.tolist(), [0.0] * len(grids) if offsets is None else offsets.tolist()
+        rates = [grid.density / level for grid, level in zip(grids, numbers, strict=True)]
+        origins = [center + each for each in offset]
+        shifts = [grid.zero - rate * origin for grid, rate, origin in zip(grids, rates, origins, strict=True)]
+        ranges = [(each.low * each.density + each.zero, each.high * each.density + each.zero) for each in grids]
+        return cls(grids, probabilities.tolist(), numbers, offset, origins, rates, levels.new_tensor(shifts), ranges)
 
-    def __post_init__(self) -> None:
-        grid = self.grid
-        self.rate = grid.density / self.level
-        self.slope = self.weight / self.rate
-        self.code_range = (grid.low * grid.density + grid.zero, grid.high * grid.density + grid.zero)
+    @property
+    def slopes(self) -> list[float]:
+        """What one step of each candidate's codes adds to the mixture."""
+        return [weight / rate for weight, rate in zip(self.weights, self.rates, strict=True)]
 
-    def codes(self, x: Tensor, out: Tensor) -> Tensor:
-        return torch.add(self.shift, x, alpha=self.rate, out=out).clamp_(*self.code_range).round_()
+    def constant(self) -> float:
+        """The mixture where all codes are 0."""
+        columns = self.weights, self.offsets, self.slopes, self.grids
+        return sum(w * offset - slope * grid.zero for w, offset, slope, grid in zip(*columns, strict=True))
 
-    def gradients(self, total: float, numel: int) -> tuple[float, float, float]:
-        """Of the probability, the level and the offset, given the sum of the gradient."""
-        value = (self.sum_codes - self.grid.zero * total) / self.rate
-        scale = self.weight * self.grid.gradient_scale(numel)
-        of_level = scale * (value - self.sum_inside_x + self.origin * self.sum_inside) / self.level
-        return value + self.offset * total, of_level, scale * (total - self.sum_inside)
+    def write_codes(self, x: Tensor, out: Tensor) -> None:
+        """The codes of a flat x, (candidates, elements)."""
+        for codes, shift, rate, ends in zip(out.unbind(), self.shifts, self.rates, self.code_ranges, strict=True):
+            torch.add(shift, x, alpha=rate, out=codes).clamp_(*ends)
+        out.round_()
 
-
-def _candidates(
-    probabilities: Tensor, levels: Tensor, offsets: Tensor | None, center: float, grids: tuple[_Grid, ...]
-) -> list[_Candidate]:
-    level, offset = levels.tolist(), [0.0] * len(grids) if offsets is None else offsets.tolist()
-    origins = [center + each for each in offset]
-    shifts = [grid.zero - grid.density / s * origin for grid, s, origin in zip(grids, level, origins, strict=True)]
-    columns = grids, probabilities.tolist(), level, offset, origins, levels.new_tensor(shifts)
-    return [_Candidate(*each) for each in zip(*columns, strict=True)]
+    def gradients(
+        self, sum_codes: list[float], sum_inside: list[float], sum_inside_x: list[float], total: float, numel: int
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Of the probabilities, the levels and the offsets, given the sum of the gradient."""
+        of_probabilities, of_levels, of_offsets = [], [], []
+        for b, grid in enumerate(self.grids):
+            value = (sum_codes[b] - grid.zero * total) / self.rates[b]
+            scale = self.weights[b] * grid.gradient_scale(numel)
+            passed = sum_inside_x[b] - self.origins[b] * sum_inside[b]
+            of_probabilities.append(value + self.offsets[b] * total)
+            of_levels.append(scale * (value - passed) / self.levels[b])
+            of_offsets.append(scale * (total - sum_inside[b]))
+        return of_probabilities, of_levels, of_offsets
 
 
 def _edges(
@@ -309,29 +319,28 @@ def _edges(
     Data that fits its grid exactly lies at the ends, so `low level + offset` is not enough: it may be some ulps off
     what the quantizer by itself, which subtracts first and divides by the level, decides.
     """
-    low, high = levels.new_tensor([(grid.low, grid.high) for grid in grids]).T
-    offsets = torch.zeros_like(levels) if offsets is None else offsets
-    lower, upper = (_neighbours(levels * end + offsets + center) for end in (low, high))
-    at_lower, at_upper = (lower - center - offsets) / levels, (upper - center - offsets) / levels
+    # By numpy, whose calls on a handful of numbers take a third of torch's.
+    ends = np.array([(grid.low, grid.high) for grid in grids], levels.detach().numpy().dtype).T
+    scale, shift = levels.detach().numpy(), np.zeros_like(ends[0]) if offsets is None else offsets.detach().numpy()
+    near = [(ends * scale + shift + ends.dtype.type(center))]
+    for _ in range(4):
+        near = [
+            np.nextafter(near[0], -np.inf, dtype=ends.dtype),
+            *near,
+            np.nextafter(near[-1], np.inf, dtype=ends.dtype),
+        ]
+    edges = np.stack(near)
+    at = (edges - ends.dtype.type(center) - shift) / scale
     closed = grids[0].closed
-    below, above = (at_lower < low, at_upper > high) if closed else (at_lower <= low, at_upper >= high)
-    lower, upper = lower.where(below, -torch.inf).amax(0), upper.where(above, torch.inf).amin(0)
+    below, above = (at < ends, at > ends) if closed else (at <= ends, at >= ends)
+    lower = np.where(below, edges, -np.inf)[:, 0].max(0)
+    upper = np.where(above, edges, np.inf)[:, 1].min(0)
     return list(zip(lower.tolist(), upper.tolist(), strict=True))
 
 
-def _neighbours(values: Tensor, reach: int = 4) -> Tensor:
-    """Each value among the next floating-point numbers on both sides, in order; along a new first axis."""
-    below, above = [values], [values]
-    for _ in range(reach):
-        below.append(below[-1].nextafter(values.new_tensor(-torch.inf)))
-        above.append(above[-1].nextafter(values.new_tensor(torch.inf)))
-    return torch.stack([*reversed(below), *above[1:]])
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Flat blocks of tensors of one shape, and two blocks of working memory that all of them share."""
+def _blocks(candidates: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Working memory, (candidates, elements), which all blocks share, and flat blocks of tensors of one shape."""
     flat = [tensor.reshape(-1) for tensor in tensors]
-    memory = flat[0].new_empty(2, min(_BLOCK, flat[0].numel()))
-    for start in range(0, flat[0].numel(), _BLOCK):
-        blocks = [each[start : start + _BLOCK] for each in flat]
-        yield *blocks, *memory[:, : len(blocks[0])]
+    work = flat[0].new_empty(candidates, min(_BLOCK, flat[0].numel()))
+    for blocks in zip(*(each.split(_BLOCK) for each in flat), strict=True):
+        yield work[:, : len(blocks[0])], *blocks

@@ -35,6 +35,15 @@ SCORES = ("gradient", "probability")
 W8A8 = (Budget.ratio(1.0),)
 STILL_STEPS, STILL_CHANGE = 100, 0.01  # no probability moved by so much in so many steps
 
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "EdMIPS": {"rho": 0.0, "score": "probability", "final_temperature": 1.0},
+    "+ gradient score": {"rho": 0.0},
+    "+ perturbation": {"rho_range": (0.1, 0.1), "alignment": None},
+    "+ alignment": {"rho_range": (0.1, 0.1)},
+    "+ adaptive radius (ASGA)": {},
+}
+"""Settings of `SearchAsga` that add one ingredient after the other to EdMIPS (CVPR 2020), all under one budget."""
+
 _FORMAT = "saq_fx.search_state.1"
 _NUMBERS = ("steps", "done", "round_start", "rho", "mean_gap", "price")
 
@@ -60,6 +69,11 @@ class SearchStep:
     temperature: float
     logits: Mapping[str, tuple[float, ...]]
     bits: Mapping[str, float]
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "SearchStep":
+        """The inverse of `dataclasses.asdict`, also of what JSON has made of that."""
+        return SearchStep(**{**data, "logits": {name: tuple(each) for name, each in data["logits"].items()}})
 
 
 @dataclass(frozen=True)
@@ -363,7 +377,7 @@ class _Search:
         for name, number in state["numbers"].items():
             setattr(self, name, number)
         self.gains = state["gains"]
-        self.history = [SearchStep(**step) for step in state["history"]]
+        self.history = list(map(SearchStep.from_dict, state["history"]))
         here, self.round_random = state["random"]
         _set_random_state(here)
 

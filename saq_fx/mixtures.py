@@ -332,9 +332,9 @@ def _edges(
     edges = np.stack(near)
     at = (edges - ends.dtype.type(center) - shift) / scale
     closed = grids[0].closed
-    below, above = (at < ends, at > ends) if closed else (at <= ends, at >= ends)
-    lower = np.where(below, edges, -np.inf)[:, 0].max(0)
-    upper = np.where(above, edges, np.inf)[:, 1].min(0)
+    under, over = (at < ends, at > ends) if closed else (at <= ends, at >= ends)
+    lower = np.where(under, edges, -np.inf)[:, 0].max(0)
+    upper = np.where(over, edges, np.inf)[:, 1].min(0)
     return list(zip(lower.tolist(), upper.tolist(), strict=True))
 
 

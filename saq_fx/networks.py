@@ -43,3 +43,48 @@ class SmallResNet(nn.Module):
         x = self.block3(self.block2(self.block1(x)))
         logits: Tensor = self.fc(x.mean((2, 3)))
         return logits
+
+
+class InvertedResidual(nn.Module):
+    """Expansion, depthwise convolution and projection; the narrow ends carry signed values (MobileNetV2, 2018)."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int = 1, expansion: int = 4) -> None:
+        super().__init__()
+        wide = expansion * channels_in
+        self.is_residual = stride == 1 and channels_in == channels
+        self.expand = nn.Conv2d(channels_in, wide, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.depthwise = nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.project = nn.Conv2d(wide, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        out = torch.relu(self.bn1(self.expand(x)))
+        out = torch.relu(self.bn2(self.depthwise(out)))
+        out = self.bn3(self.project(out))
+        return out + x if self.is_residual else out
+
+
+class SmallMobileNet(nn.Module):
+    """Inverted residuals for small images, 17 layers of very different shapes: a test bed for mixed precision."""
+
+    def __init__(self, width: int = 8, classes: int = 10, channels: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(
+            InvertedResidual(width, width),
+            InvertedResidual(width, 2 * width, 2),
+            InvertedResidual(2 * width, 2 * width),
+            InvertedResidual(2 * width, 4 * width, 2),
+            InvertedResidual(4 * width, 4 * width),
+        )
+        self.fc = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) -> (N, classes)."""
+        x = self.blocks(torch.relu(self.bn(self.stem(x))))
+        logits: Tensor = self.fc(torch.relu(x).mean((2, 3)))
+        return logits

@@ -184,7 +184,7 @@ class SearchResult:
                 budgets=tuple(map(Budget.parse, data["budgets"])),
                 choices=tuple(map(_read_choice, data["choices"])),
                 costs=CostTable.from_json(json.dumps(data["costs"])),
-                history=tuple(SearchStep(**step) for step in data["history"]),
+                history=tuple(map(SearchStep.from_dict, data["history"])),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, SaqError):
@@ -225,10 +225,7 @@ def search_precision(
     budget: Budgets,
     candidates: Candidates = CANDIDATES,
     steps: int | None = None,
-    rho: float = 0.1,
-    alignment: float = 1e-3,
-    weight_lr: float = 0.02,
-    logits_lr: float = 0.02,
+    **settings: Any,
 ) -> SearchResult:
     """Searches the bits of every layer that is not pinned by ASGA (arXiv 2505.04877); `gm` is not changed.
 
@@ -241,9 +238,7 @@ def search_precision(
         budget: one or several; all are kept.
         candidates: bits to choose from; or those of "weight" and "activation" apart.
         steps: training steps; None for one pass over `batches`.
-        rho: first radius of the perturbation; 0 searches without it (EdMIPS).
-        alignment: how far the perturbed point is drawn back along the gradient; 0 is the plain perturbed loss.
-        weight_lr, logits_lr: learning rates of weights and clipping levels (SGD), and of logits (Adam).
+        settings: further options of `SearchAsga`, such as `rho`, `alignment`, `weight_lr`, `logits_lr`.
 
     Raises:
         InfeasibleBudgetError: before any training, with the smallest feasible figure.
@@ -259,11 +254,8 @@ def search_precision(
             loss_fn,
             space.budgets,
             steps=steps,
-            rho=rho,
-            alignment=alignment,
-            weight_lr=weight_lr,
-            logits_lr=logits_lr,
             after_step=lambda _: progress.advance(task),
+            **settings,
         )
         progress.update(task, total=search.step_count())
         found = search.run(space.relaxed)

@@ -86,10 +86,11 @@ class TwoPasses:
             norms = norm * self._norm(perturbed_loss, moved)
             product = inner_product([first[each] for each in moved], map(_gradient, moved))
             cosine = float(product) / norms if norms else 0.0
+            leaves = self._leaves()
             for each, kept in first.items():
                 second = _gradient(each)
                 each.grad = kept.lerp_(second, 1.0 if alignment is None else 0.5)
-                if each in self._leaves():
+                if each in leaves:
                     self.spare[each] = second
         self._push_back()
         return Losses(loss, perturbed_loss, cosine)

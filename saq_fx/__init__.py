@@ -6,7 +6,8 @@ from saq_fx.precision import Budget, Policy, Precision
 from saq_fx.prepare import apply_policy, calibrate, prepare_saq
 from saq_fx.recipe import Recipe
 from saq_fx.report import LayerRow, PrecisionReport, precision_report
-from saq_fx.search import SearchResult, search_precision
+from saq_fx.search import search_precision
+from saq_fx.search_result import SearchResult
 from saq_fx.training import SAQ, parameter_groups
 
 __all__ = [

@@ -1,9 +1,10 @@
 """The two gradients of a sharpness-aware search step, for about the price of two passes of the plain network."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class TwoPasses:
     and the step's gradient is their mean (SAGM, CVPR 2023, Eq. 8), or g_a with alignment None (SAM, ICLR 2021).
 
     Weights that a mixture quantizes are perturbed behind it (case 3 of SAQ): it is evaluated once for both passes, and
-    their gradients go back through it together. All other parameters are perturbed in place, except quantizers' own
-    levels. The second pass sees the first one's random numbers and moves no buffer.
+    their gradients go back through it together. All parameters that are in front of no such mixture are perturbed in
+    place, except quantizers' own levels. The second pass sees the first one's random numbers and moves no buffer.
 
     A context: what it keeps between steps (mixed weights and large gradients, whose memory is used again) is freed on
     leaving.
@@ -75,8 +76,10 @@ class TwoPasses:
         random_state = RandomState(self.parameters)
         self._clear()
         loss = perturbed_loss = self._differentiate(closure)
-        seen = self._with_gradient()
-        moved = [each for each in seen if each not in self.levels]
+        leaves = self._leaves()
+        seen = [each for each in (*leaves, *self.parameters) if each.grad is not None]
+        fixed = self.levels | _sources(held.mixed for held in leaves.values())
+        moved = [each for each in seen if each not in fixed]
         norm, cosine = self._norm(loss, moved), 1.0
         if radius:
             first = {each: self._set_aside(each) for each in seen}
@@ -86,7 +89,6 @@ class TwoPasses:
             norms = norm * self._norm(perturbed_loss, moved)
             product = inner_product([first[each] for each in moved], map(_gradient, moved))
             cosine = float(product) / norms if norms else 0.0
-            leaves = self._leaves()
             for each, kept in first.items():
                 second = _gradient(each)
                 each.grad = kept.lerp_(second, 1.0 if alignment is None else 0.5)
@@ -111,9 +113,6 @@ class TwoPasses:
         loss = closure()
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
-
-    def _with_gradient(self) -> list[Tensor]:
-        return [each for each in (*self._leaves(), *self.parameters) if each.grad is not None]
 
     def _norm(self, loss: float, tensors: list[Tensor]) -> float:
         norm = float(global_norm(map(_gradient, tensors)))
@@ -149,6 +148,18 @@ class TwoPasses:
                 parameter.grad = self.behind[parameter].zero_()
         torch.autograd.backward(list(mixed), list(mixed.values()))
         self.behind = {parameter: parameter.grad for parameter in behind if parameter.grad is not None}
+
+
+def _sources(tensors: Iterable[Tensor | None]) -> set[Tensor]:
+    """The leaves that tensors are computed from."""
+    ahead = [each.grad_fn for each in tensors if each is not None]
+    met: set[Any] = set()
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return {node.variable for node in met if hasattr(node, "variable")}
 
 
 def _gradient(tensor: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 import saq_fx
 from saq_fx import Budget, Policy, Precision, cost_table, prepare_saq, search_precision
+from saq_fx.baselines import measure_sensitivity
 from saq_fx.cost import feasible_range
 from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, TrainingError
 from saq_fx.graph import layers
 from saq_fx.networks import SmallResNet
-from saq_fx.search import SearchResult, measure_sensitivity
+from saq_fx.search import SearchResult
 from saq_fx.tracing import split_inputs
 from tests.test_prepare import tensors
 from tests.zoo import ZOO
@@ -214,7 +215,7 @@ def test_a_hard_budget_is_met_on_every_network(name: str) -> None:
 
 
 def test_bad_arguments_are_named(gm: Any) -> None:
-    with pytest.raises(PrecisionError, match="candidates of wieght"):
+    with pytest.raises(PatternError, match="'wieght' matches no layer that has a choice"):
         search_precision(gm, batches(), F.cross_entropy, budget="avg4", candidates={"wieght": (2, 4)})
     with pytest.raises(TrainingError, match="ran out after 4 of 5 steps"):
         search_precision(gm, iter(batches()), F.cross_entropy, budget="avg4", steps=5)

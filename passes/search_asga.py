@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -184,14 +185,14 @@ class SearchAsga(Pass):
     def _repeated_batches(self, search: "_Search") -> Iterator[Batch]:
         """The batches of all steps that are left; after resuming, from the middle of a round through them."""
         while search.done < search.steps:
-            before = search.done
+            before = search.round_start
             for batch in search.round_of(self.batches):
                 yield batch
                 if search.done == search.steps:
                     return
             if search.done == before:
                 raise TrainingError(
-                    f"the batches ran out after {before} of {search.steps} steps: pass a list or a loader"
+                    f"the batches ran out after {search.done} of {search.steps} steps: pass a list or a loader"
                 )
 
 
@@ -359,6 +360,8 @@ class _Search:
             CheckpointError: the file holds no state, or that of a search of other layers, candidates or steps.
         """
         try:
+            if not zipfile.is_zipfile(path):
+                raise ValueError("torch did not write it")
             state = torch.load(path, weights_only=True)
             tensors = dict(self._tensors())
             if state["format"] != _FORMAT or state["numbers"]["steps"] != self.steps:

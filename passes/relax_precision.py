@@ -88,7 +88,7 @@ class RelaxPrecision(Pass):
 
     def _merged(self, groups: list[Group]) -> list[Group]:
         """The groups, those put together that `same_bits` names, in the order of execution."""
-        sharing = nx.Graph()
+        sharing: nx.Graph[int] = nx.Graph()
         for index, _ in enumerate(groups):
             sharing.add_node(index)
         for one in self.same_bits:

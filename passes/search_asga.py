@@ -1,11 +1,8 @@
 """Searches bit-widths by adaptive sharpness-aware gradient aligning (ASGA)."""
 
-import io
 import math
 import os
-import pickle
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -16,12 +13,12 @@ import torch
 from torch import Tensor
 
 from saq_fx.choices import ExpectedShares, choices, weight_mixtures
-from saq_fx.errors import CheckpointError, PassError, PrecisionError, TrainingError
+from saq_fx.errors import PassError, PrecisionError, TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.precision import Budget, write_whole
-from saq_fx.quantizers import Quantizer
+from saq_fx.precision import Budget
+from saq_fx.resume import load_state, random_state, save_state, set_random_state
 from saq_fx.sharpness import curvature
 from saq_fx.tracing import ExampleInputs, split_inputs
 from saq_fx.two_passes import TwoPasses
@@ -33,7 +30,8 @@ MOMENTUM = 0.9  # of the weights' SGD
 SMOOTHING = 0.9  # of the gap that sets the radius
 STEEPEST_START = 5.0  # largest logit per bit at the start
 SCORES = ("gradient", "probability")
-W8A8 = (Budget.ratio(1.0),)
+_FLOAT_SHARE = 16.0  # of the BitOps at W8A8: those at W32A32, which no network exceeds
+_FLOAT = (Budget.ratio(_FLOAT_SHARE),)
 STILL_STEPS, STILL_CHANGE = 100, 0.01  # no probability moved by so much in so many steps
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
@@ -45,8 +43,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Settings of `SearchAsga` that add one ingredient after the other to EdMIPS (CVPR 2020), all under one budget."""
 
-_FORMAT = "saq_fx.search_state.1"
-_NUMBERS = ("steps", "done", "round_start", "rho", "mean_gap", "price")
+_VALUES = ("steps", "done", "round_start", "round_random", "rho", "mean_gap", "price", "gains")
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class SearchStep:
 
     Losses are the task's; `gap` is h = max(0, perturbed_loss - loss), `rho` the radius it was found with,
     `sigma` = 2h/rho**2 (None at radius 0), `cosine` that of the two gradients. `cost` is the expected cost as a
-    share of the budget (of several, the one nearest to its limit; without any, of W8A8), `beta` its price in loss.
+    share of the budget (of several, the one nearest to its limit; without any, of W32A32), `beta` its price in loss.
     `logits` and expected `bits` are those of each choice and operand, by name.
     """
 
@@ -158,7 +155,7 @@ class SearchAsga(Pass):
         """
         search = _Search(gm, self)
         if self.checkpoint is not None and Path(self.checkpoint).exists():
-            search.resume(self.checkpoint)
+            search.resume()
         gm.train()
         with search.passes:
             for inputs, targets in self._repeated_batches(search):
@@ -166,7 +163,7 @@ class SearchAsga(Pass):
                 if self.after_step is not None:
                     self.after_step(step)
                 if self.checkpoint is not None and search.done % self.checkpoint_steps == 0:
-                    search.save(self.checkpoint)
+                    search.save()
         return SearchPassResult(gm, False, search.scores(), tuple(search.history))
 
     def _closure(self, gm: SaqGraphModule, inputs: ExampleInputs, targets: Any) -> Callable[[], Tensor]:
@@ -205,8 +202,8 @@ class _Search:
         self.choices = choices(gm)
         if not self.choices:
             raise PassError("the graph has no mixtures to search: run RelaxPrecision, and leave a layer unpinned")
-        self.shares = ExpectedShares(gm, self.choices, options.budgets or W8A8)
-        self.complexity = ExpectedShares(gm, self.choices, W8A8)
+        self.shares = ExpectedShares(gm, self.choices, options.budgets or _FLOAT)
+        self.complexity = ExpectedShares(gm, self.choices, _FLOAT)
         self.mixtures = {
             label: mixture
             for choice in self.choices
@@ -222,7 +219,7 @@ class _Search:
         self.rho, self.mean_gap, self.price = options.rho, 0.0, 0.0
         self.gains = [torch.zeros_like(logits) for logits in self.logits]
         self.history: list[SearchStep] = []
-        self.round_start, self.round_random = 0, _random_state()
+        self.round_start, self.round_random = 0, random_state()
         if options.budgets:
             self._start_at_budget()
 
@@ -238,16 +235,16 @@ class _Search:
 
     def round_of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """One round through the batches; after resuming, what the interrupted round has left."""
-        here = _random_state()
+        here = random_state()
         skipped = self.done - self.round_start
         if skipped == 0:
             self.round_random = here
-        _set_random_state(self.round_random)  # it decides how a loader shuffles
+        set_random_state(self.round_random)  # it decides how a loader shuffles
         rest = iter(batches)
         if skipped:
             for _ in islice(rest, skipped):
                 pass
-            _set_random_state(here)
+            set_random_state(here)
         yield from rest
         self.round_start = self.done
 
@@ -298,7 +295,7 @@ class _Search:
         if self.options.budgets:
             charge = charge + (self.price + self.options.damping * (share - 1)) * cost
         if self.options.beta:
-            charge = charge + self.options.beta * self.complexity().sum()
+            charge = charge + self.options.beta * _FLOAT_SHARE * self.complexity().sum()
         for logits, slope in zip(self.logits, torch.autograd.grad(charge, self.logits), strict=True):
             logits.grad = slope if logits.grad is None else logits.grad + slope
         for optimizer in self.optimizers:
@@ -334,62 +331,23 @@ class _Search:
         gains, found = iter(self.gains), []
         for choice, costs in zip(self.choices, self.complexity.tables, strict=True):
             gain = choice.over_pairs(torch.add, [next(gains) for _ in choice.mixtures]) / self.done
-            found.append(tuple((gain - self.options.beta * costs[:, 0]).tolist()))
+            found.append(tuple((gain - self.options.beta * _FLOAT_SHARE * costs[:, 0]).tolist()))
         return tuple(found)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all that the steps to come depend on, whole or not at all."""
-        state = {
-            "format": _FORMAT,
-            "tensors": dict(self._tensors()),
-            "initialized": {path: each.initialized for path, each in self._quantizers()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "numbers": {name: getattr(self, name) for name in _NUMBERS},
-            "gains": self.gains,
+    def save(self) -> None:
+        """Writes all that the steps to come depend on."""
+        values = {
+            **{name: getattr(self, name) for name in _VALUES},
             "history": [asdict(step) for step in self.history],
-            "random": (_random_state(), self.round_random),
         }
-        content = io.BytesIO()
-        torch.save(state, content)
-        write_whole(path, content.getvalue())
+        save_state(self.options.checkpoint or "", self.gm, self.optimizers, values)
 
-    def resume(self, path: str | os.PathLike[str]) -> None:
-        """Goes on from what `save` wrote.
-
-        Raises:
-            CheckpointError: the file holds no state, or that of a search of other layers, candidates or steps.
-        """
-        try:
-            if not zipfile.is_zipfile(path):
-                raise ValueError("torch did not write it")
-            state = torch.load(path, weights_only=True)
-            tensors = dict(self._tensors())
-            if state["format"] != _FORMAT or state["numbers"]["steps"] != self.steps:
-                raise ValueError("it is of another search, or another number of steps")
-            if {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in state["tensors"].items()}:
-                raise ValueError("its layers or candidates are others")
-        except (pickle.UnpicklingError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is no state of this search: {error}; remove it to begin anew") from error
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(state["tensors"][name])
-        for name, quantizer in self._quantizers():
-            quantizer.initialized = state["initialized"][name]
-        for optimizer, of_optimizer in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(of_optimizer)
-        for name, number in state["numbers"].items():
-            setattr(self, name, number)
-        self.gains = state["gains"]
-        self.history = list(map(SearchStep.from_dict, state["history"]))
-        here, self.round_random = state["random"]
-        _set_random_state(here)
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.gm.named_parameters()
-        yield from self.gm.named_buffers()
-
-    def _quantizers(self) -> Iterator[tuple[str, Quantizer]]:
-        return ((path, each) for path, each in self.gm.named_modules() if isinstance(each, Quantizer))
+    def resume(self) -> None:
+        """Goes on from what `save` wrote."""
+        values = load_state(self.options.checkpoint or "", self.gm, self.optimizers, {"steps": self.steps})
+        values["history"] = list(map(SearchStep.from_dict, values["history"]))
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def _trajectory(self) -> dict[str, dict[str, Any]]:
         """Logits and expected bits of every choice and operand, by name."""
@@ -398,14 +356,3 @@ class _Search:
             "logits": {name: tuple(mixture.logits.tolist()) for name, mixture in items},
             "bits": {name: float(mixture.expected_bits().detach()) for name, mixture in items},
         }
-
-
-def _random_state() -> list[Tensor]:
-    """Of the CPU, then of each CUDA device."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1:]:
-        torch.cuda.set_rng_state_all(state[1:])

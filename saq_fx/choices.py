@@ -70,7 +70,7 @@ def choices(gm: SaqGraphModule) -> list[Choice]:
     Layers belong to one choice if any of their mixtures have the same logits.
     """
     found = {layer.name: layer for _, layer in layers(gm)}
-    sharing = nx.Graph()
+    sharing: nx.Graph[str | int] = nx.Graph()
     for name, layer in found.items():
         for path in (layer.weight_quantizer, layer.input_quantizer):
             mixture = _mixture(gm, path)

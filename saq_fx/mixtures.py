@@ -237,7 +237,7 @@ class _Mix(torch.autograd.Function):
             torch.mv(work.T, probabilities, out=grad_x_block)
             sums.append(torch.stack([of_codes, work.sum(1), work.mv(block)]))
         totals = torch.stack(sums).sum(0, dtype=torch.double).tolist()
-        gradients = candidates.gradients(*totals, total=float(grad.sum()), numel=x.numel())
+        gradients = candidates.gradients(totals, float(grad.sum()), x.numel())
         of_probabilities, of_levels, of_offsets = (levels.new_tensor(each) for each in gradients)
         return grad_x, of_probabilities, of_levels, None if offsets is None else of_offsets, None, None, None
 
@@ -297,9 +297,10 @@ class _Candidates:
         out.round_()
 
     def gradients(
-        self, sum_codes: list[float], sum_inside: list[float], sum_inside_x: list[float], total: float, numel: int
+        self, sums: list[list[float]], total: float, numel: int
     ) -> tuple[list[float], list[float], list[float]]:
-        """Of the probabilities, the levels and the offsets, given the sum of the gradient."""
+        """Of the probabilities, the levels and the offsets, given what `_Mix.backward` sums, and the gradient's sum."""
+        sum_codes, sum_inside, sum_inside_x = sums
         of_probabilities, of_levels, of_offsets = [], [], []
         for b, grid in enumerate(self.grids):
             value = (sum_codes[b] - grid.zero * total) / self.rates[b]
@@ -342,5 +343,5 @@ def _blocks(candidates: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Working memory, (candidates, elements), which all blocks share, and flat blocks of tensors of one shape."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     work = flat[0].new_empty(candidates, min(_BLOCK, flat[0].numel()))
-    for blocks in zip(*(each.split(_BLOCK) for each in flat), strict=True):
+    for blocks in zip(*(torch.split(each, _BLOCK) for each in flat), strict=True):
         yield work[:, : len(blocks[0])], *blocks

@@ -61,7 +61,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
-        out = torch.relu(self.bn1(self.expand(x)))
+        out: Tensor = torch.relu(self.bn1(self.expand(x)))
         out = torch.relu(self.bn2(self.depthwise(out)))
         out = self.bn3(self.project(out))
         return out + x if self.is_residual else out

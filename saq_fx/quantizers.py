@@ -409,7 +409,7 @@ def centered(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def deviation(centered: Tensor) -> Tensor:
     """The standard deviation of a tensor whose mean is 0; never 0 itself."""
-    std = torch.linalg.vector_norm(centered) / math.sqrt(max(1, centered.numel() - 1))
+    std: Tensor = torch.linalg.vector_norm(centered) / math.sqrt(max(1, centered.numel() - 1))
     return std.clamp_min(torch.finfo(centered.dtype).tiny)
 
 

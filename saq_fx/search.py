@@ -114,4 +114,5 @@ def relaxation(candidates: Candidates) -> RelaxPrecision:
     if not isinstance(candidates, Mapping):
         return RelaxPrecision(tuple(candidates), tuple(candidates))
     overrides = {key: bits for key, bits in candidates.items() if key not in OPERANDS}
-    return RelaxPrecision(*(tuple(candidates.get(operand, CANDIDATES)) for operand in OPERANDS), overrides)
+    weight, activation = (tuple(candidates.get(operand, CANDIDATES)) for operand in OPERANDS)
+    return RelaxPrecision(weight, activation, overrides)

@@ -141,7 +141,8 @@ class TwoPasses:
 
     def _push_back(self) -> None:
         """Takes the gradients at the mixed weights back through the mixtures."""
-        mixed = {held.mixed: leaf.grad for leaf, held in self._leaves().items() if leaf.grad is not None}
+        pairs = [(held.mixed, leaf.grad) for leaf, held in self._leaves().items()]
+        mixed = {output: grad for output, grad in pairs if output is not None and grad is not None}
         behind = [parameter for parameter in self.parameters if parameter.grad is None]
         for parameter in behind:
             if parameter in self.behind:

@@ -12,7 +12,7 @@ PASSES_LAYER = 3
 LAYERS = {
     0: "errors precision recipe quantizers mixtures sharpness allocation",
     1: "annotation attention dataflow graph modes operators pass_base rewriting shapes symbolic tracing",
-    2: "cost choices report two_passes",
+    2: "cost choices report resume two_passes",
     4: "__init__ prepare search search_result baselines training checkpoint data models networks plots cli demo",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

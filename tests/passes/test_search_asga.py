@@ -373,11 +373,11 @@ def test_a_state_of_another_search_is_refused(tmp_path: Path) -> None:
     budgets, path = (Budget.ratio(0.2),), tmp_path / "state.pt"
     options = SearchAsga(digits_like(2), F.cross_entropy, budgets, checkpoint=path, checkpoint_steps=1)
     options.run(small_resnet())
-    with pytest.raises(CheckpointError, match="another number of steps"):
+    with pytest.raises(CheckpointError, match="another run: other steps"):
         replace(options, steps=3).run(small_resnet())
     gm = prepare_saq(SmallResNet(4), example_inputs=torch.randn(16, 1, 8, 8))
     RelaxPrecision((2, 4)).run(gm)
-    with pytest.raises(CheckpointError, match="its layers or candidates are others"):
+    with pytest.raises(CheckpointError, match="another run: other layers or candidates"):
         options.run(gm)
     path.write_bytes(b"something else")
     with pytest.raises(CheckpointError, match="remove it to begin anew"):

@@ -103,7 +103,7 @@ class TwoPasses:
 
     def _clear(self) -> None:
         for held in self.held:
-            held.release()
+            held.release()  # from what was run between steps
             if held.leaf is not None and held.leaf.grad is not None:
                 held.leaf.grad.zero_()
         for parameter in self.parameters:
@@ -149,6 +149,8 @@ class TwoPasses:
                 parameter.grad = self.behind[parameter].zero_()
         torch.autograd.backward(list(mixed), list(mixed.values()))
         self.behind = {parameter: parameter.grad for parameter in behind if parameter.grad is not None}
+        for held in self.held:
+            held.release()  # who runs the module between steps must not see moved weights
 
 
 def _sources(tensors: Iterable[Tensor | None]) -> set[Tensor]:

@@ -10,17 +10,19 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saq_fx.baselines import measure_sensitivity
 from saq_fx.cost import cost_table
 from saq_fx.data import Images, digits
 from saq_fx.demo import accuracy, train_float, train_quantized
@@ -30,7 +32,8 @@ from saq_fx.passes.insert_perturbations import perturbed_weights, zero_deltas
 from saq_fx.passes.search_asga import ABLATIONS
 from saq_fx.precision import Budget, Policy, Precision, write_whole
 from saq_fx.prepare import prepare_saq
-from saq_fx.search import SearchResult, measure_sensitivity, search_precision
+from saq_fx.search import search_precision
+from saq_fx.search_result import SearchResult
 from saq_fx.sharpness import curvature, surrogate_gap
 
 BATCH = 50
@@ -179,6 +182,43 @@ def by_search(task: Task, model: nn.Module, seed: int, budget: Budget, settings:
     }
 
 
+def proxy_and_target(epochs: int) -> tuple[Task, Task]:
+    """Digits 0 to 4 as they are; digits 5 to 9 at twice the size, for a network with another head."""
+    training, test = digits(300)
+    low, high = (tuple(of_digits(each, wanted) for each in (training, test)) for wanted in (range(5), range(5, 10)))
+    larger = tuple(Images(F.interpolate(each.x, scale_factor=2, mode="bilinear"), each.y) for each in high)
+    return Task(*low, lambda: SmallMobileNet(classes=5), epochs), Task(*larger, SmallMobileNet, epochs)
+
+
+def of_digits(images: Images, wanted: range) -> Images:
+    """Those that show one of some digits."""
+    chosen = (images.y >= wanted.start) & (images.y < wanted.stop)
+    return Images(images.x[chosen], images.y[chosen])
+
+
+def transfer(runs: Runs, proxy: Task, target: Task, seeds: int) -> None:
+    """Policies searched on the proxy and solved again for the target's costs, against a search on the target."""
+    of_proxy, of_target = Lazy(proxy), Lazy(target)
+    precision = UNIFORM["low"][0]
+    for seed in range(seeds):
+        runs.row(f"transfer/proxy/{seed}", carried, proxy, target, of_proxy, of_target[seed], seed)
+        budget = bitops(target, of_target[seed], precision)
+        runs.row(f"transfer/target/{seed}", by_search, target, of_target[seed], seed, budget, {})
+        runs.row(f"transfer/uniform/{seed}", target.trained, of_target[seed], Policy.uniform(precision), seed)
+    budget = bitops(target, of_target[0], precision)
+    for index, policy in enumerate(random_policies(target, budget, TRANSFER_POLICIES)):
+        runs.row(f"sharpness/proxy/{index}", proxy.trained, of_proxy[0], policy, 0)
+        runs.row(f"sharpness/target/{index}", target.trained, of_target[0], policy, 0)
+
+
+def carried(proxy: Task, target: Task, models: Lazy, model: nn.Module, seed: int) -> Row:
+    """Trained on the target with the policy of a search on the proxy."""
+    precision = UNIFORM["low"][0]
+    found, seconds = proxy.search(models[seed], seed, bitops(proxy, models[seed], precision))
+    policy = found.policy_for(bitops(target, model, precision), costs=cost_table(target.prepared(model)))
+    return {**target.trained(model, policy, seed), "search_seconds": seconds}
+
+
 def mean_and_deviation(values: Iterable[float]) -> str:
     """As text, with the number of values."""
     found = list(values)
@@ -229,6 +269,46 @@ def spreads(runs: Runs, level: str) -> tuple[float, float] | None:
     return float(values.std(axis=0, ddof=1).mean()), float(values.std(axis=1, ddof=1).mean())
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Spearman's, with the ends of its 95 % bootstrap interval."""
+    rng, pairs = np.random.default_rng(0), np.array([first, second])
+    drawn = [pairs[:, rng.integers(len(first), size=len(first))] for _ in range(BOOTSTRAPS)]
+    found = [spearmanr(*each).statistic for each in drawn if (each.std(axis=1) > 0).all()]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(spearmanr(*pairs).statistic), float(low), float(high)
+
+
+def transfer_report(runs: Runs) -> str:
+    """Both claims about transfer."""
+    rows = [
+        (name, mean_and_deviation(row["accuracy"] for row in found.values()), seconds_of(found))
+        for name, key in (
+            ("searched on the proxy", "proxy"),
+            ("searched on the target", "target"),
+            ("uniform", "uniform"),
+        )
+        if (found := runs.of("transfer", key))
+    ]
+    parts = [tabulate(rows, ("", "accuracy on the target, % (seeds)", "search, s"), tablefmt="github")]
+    proxy, target = runs.of("sharpness", "proxy"), runs.of("sharpness", "target")
+    if len(target) == TRANSFER_POLICIES:
+        accuracies = [target[index]["accuracy"] for index in sorted(target)]
+        for name in ("sigma", "accuracy"):
+            values = [proxy[index][name] for index in sorted(target)]
+            found, low, high = rank_correlation(values, accuracies)
+            parts.append(
+                f"Rank correlation of {name} on the proxy with accuracy on the target, over {len(target)} random "
+                f"policies of equal BitOps, one seed: {found:.2f} (95 % bootstrap interval {low:.2f} to {high:.2f})."
+            )
+    return "\n\n".join(parts)
+
+
+def seconds_of(found: dict[int, Row]) -> str:
+    """Of the searches, on average."""
+    seconds = [row["search_seconds"] for row in found.values() if "search_seconds" in row]
+    return f"{statistics.fmean(seconds):.1f}" if seconds else ""
+
+
 def report(runs: Runs, task: Task) -> str:
     """All tables as Markdown."""
     floats = [row["accuracy"] for name, row in runs.rows.items() if name.startswith("float/")]
@@ -244,6 +324,11 @@ def report(runs: Runs, task: Task) -> str:
             parts.append(
                 f"Standard deviation between random policies {found[0]:.2f}, between seeds of a policy {found[1]:.2f}."
             )
+    if runs.of("transfer", "proxy"):
+        parts += [
+            f"## Transfer from digits 0-4 to digits 5-9 of twice the size, {UNIFORM['low'][0]}",
+            transfer_report(runs),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -260,6 +345,7 @@ def main() -> None:
     task = Task(*digits(300), SmallMobileNet, options.epochs)
     if not options.only_table:
         compare_policies(runs, task, options.seeds)
+        transfer(runs, *proxy_and_target(options.epochs), options.seeds)
     write_whole(options.table, report(runs, task).encode())
     print(report(runs, task))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from saq_fx.choices import ExpectedShares, choices
+from saq_fx.choices import ExpectedShares, choices, weight_mixtures
 from saq_fx.cost import cost_table
 from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PassError, PrecisionError, TrainingError
 from saq_fx.graph import SaqGraphModule, layers
@@ -449,3 +449,18 @@ def test_nothing_of_the_two_passes_stays() -> None:
     assert all(parameter.grad is None for parameter in gm.parameters())
     assert all(mixture.held is None for choice in choices(gm) for mixture in choice.mixtures)
     assert not torch.equal(gm(torch.randn(4, 1, 8, 8)), gm(torch.randn(4, 1, 8, 8)))
+
+
+def test_between_steps_the_module_is_the_unperturbed_one() -> None:
+    """What `after_step` sees: the mixture of the weights as they are then."""
+    gm, x, seen = small_resnet(), torch.randn(4, 1, 8, 8), []
+
+    def evaluate(_: SearchStep) -> None:
+        with torch.no_grad():
+            fresh = copy.deepcopy(gm)
+            for mixture in weight_mixtures(fresh):
+                mixture.held = None
+            seen.append((gm(x), fresh(x)))
+
+    SearchAsga(digits_like(3), F.cross_entropy, (Budget.ratio(0.2),), after_step=evaluate).run(gm)
+    assert all(torch.equal(*pair) for pair in seen)

@@ -17,9 +17,7 @@ from saq_fx.pass_base import Pipeline, check_facts
 from saq_fx.passes.relax_precision import CANDIDATES, OPERANDS, RelaxPrecision
 from saq_fx.passes.search_asga import Batch, LossFunction, SearchAsga, SearchStep
 from saq_fx.precision import Budget
-from saq_fx.search_result import Budgets, FrontierPoint, ScoredChoice, SearchResult
-
-__all__ = ["FrontierPoint", "ScoredChoice", "SearchResult", "SearchSpace", "relaxation", "search_precision"]
+from saq_fx.search_result import Budgets, ScoredChoice, SearchResult
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The two gradients of a sharpness-aware search step, for about the price of two passes of the plain network."""
+"""The two gradients of a sharpness-aware search step, with one evaluation of each mixture of weights for both."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -69,9 +69,10 @@ class TwoPasses:
 
         Args:
             closure: computes the loss, a 0-d tensor.
+            radius, alignment: in one global norm over all that is perturbed.
 
         Raises:
-            TrainingError: a loss or gradient is not finite.
+            TrainingError: a loss is no 0-d tensor with a gradient, or one of them is not finite.
         """
         random_state = RandomState(self.parameters)
         self._clear()
@@ -111,6 +112,10 @@ class TwoPasses:
 
     def _differentiate(self, closure: Callable[[], Tensor]) -> float:
         loss = closure()
+        if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
+            raise TrainingError(
+                f"the loss must be a 0-d tensor that depends on trainable parameters; it is {loss!r:.100}"
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
@@ -147,7 +152,8 @@ class TwoPasses:
         for parameter in behind:
             if parameter in self.behind:
                 parameter.grad = self.behind[parameter].zero_()
-        torch.autograd.backward(list(mixed), list(mixed.values()))
+        if mixed:
+            torch.autograd.backward(list(mixed), list(mixed.values()))
         self.behind = {parameter: parameter.grad for parameter in behind if parameter.grad is not None}
         for held in self.held:
             held.release()  # who runs the module between steps must not see moved weights

@@ -324,6 +324,10 @@ def test_what_is_wrong_is_named() -> None:
         SearchAsga(iter(digits_like(1)), F.cross_entropy, budgets).run(small_resnet())
     with pytest.raises(TrainingError, match="step 1 of the search: the loss is nan"):
         SearchAsga(digits_like(1), lambda outputs, _: outputs.sum() * torch.nan, budgets).run(small_resnet())
+    with pytest.raises(TrainingError, match="step 1 of the search: the loss must be a 0-d tensor"):
+        SearchAsga(digits_like(1), lambda outputs, _: outputs, budgets).run(small_resnet())
+    with pytest.raises(PrecisionError, match="there is no score 'logits'"):
+        SearchAsga([], F.cross_entropy, budgets, score="logits")
     with pytest.raises(InfeasibleBudgetError):
         SearchAsga(digits_like(1), F.cross_entropy, (Budget.bitops(1),)).run(small_resnet())
     gm = prepare_saq(SmallResNet(4), example_inputs=torch.randn(1, 1, 8, 8))

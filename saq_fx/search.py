@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ def search_precision(
     budget: Budgets = (),
     candidates: Candidates = CANDIDATES,
     steps: int | None = None,
+    after_step: Callable[[SearchStep], None] | None = None,
     **settings: Any,
 ) -> SearchResult:
     """Searches the bits of every layer that is not pinned by ASGA (arXiv 2505.04877); `gm` is not changed.
@@ -47,6 +48,7 @@ def search_precision(
             pattern, `{"weight": (2, 4), "op:linear": (4, 6), "layer1.*": {"activation": (8,)}}`; or a
             `RelaxPrecision`, which also says what shares a choice.
         steps: training steps; None for one pass over `batches`.
+        after_step: called with what each step saw.
         settings: further options of `SearchAsga`: `beta`, `rho`, `weight_lr`, `logits_lr`, `checkpoint` and others.
 
     Raises:
@@ -61,15 +63,13 @@ def search_precision(
         console.print("\n".join(space.feasible))
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Searching bits", total=None)
-        search = SearchAsga(
-            batches,
-            loss_fn,
-            space.budgets,
-            steps=steps,
-            after_step=lambda _: progress.advance(task),
-            **settings,
-        )
-        progress.update(task, total=search.step_count())
+
+        def advance(step: SearchStep) -> None:
+            progress.update(task, total=search.step_count(), advance=1)
+            if after_step is not None:
+                after_step(step)
+
+        search = SearchAsga(batches, loss_fn, space.budgets, steps=steps, after_step=advance, **settings)
         found = search.run(space.relaxed)
     return space.result(found.scores, found.history)
 

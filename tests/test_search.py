@@ -93,6 +93,15 @@ def test_the_graph_is_not_changed(gm: Any, result: SearchResult) -> None:
     saq_fx.apply_policy(gm, "W4A4")
 
 
+def test_every_step_is_reported_as_it_is_kept(gm: Any) -> None:
+    seen: list[Any] = []
+    found = search_precision(gm, batches(), F.cross_entropy, budget="0.2xW8A8", steps=2, after_step=seen.append)
+    assert tuple(seen) == found.history
+    for name, bits in seen[0].bits.items():
+        weights = torch.tensor(seen[0].logits[name]).softmax(0)
+        assert bits == pytest.approx(float(weights @ torch.tensor(CANDIDATES, dtype=torch.float)))
+
+
 def test_an_infeasible_budget_is_refused_before_any_training(gm: Any) -> None:
     def never(outputs: Tensor, targets: Tensor) -> Tensor:
         raise AssertionError("trained")

@@ -3,7 +3,7 @@
 The test bed is `SmallMobileNet` on few training images: policies of equal BitOps differ there by more than seeds do.
 Every run is written to the JSON file as soon as it is done, and is not done again: an interrupted run goes on.
 
-`python tools/reproduce_asga.py [--out benchmarks/asga.json] [--table benchmarks/asga.md] [--seeds 5] [--quick]`
+`python tools/reproduce_asga.py [--out FILE] [--table FILE] [--seeds 5] [--epochs 30] [--parts policies transfer]`
 """
 
 import argparse
@@ -338,13 +338,14 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=Path("benchmarks/asga.md"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--only-table", action="store_true", help="of the runs that are done")
+    parser.add_argument("--parts", nargs="*", default=["policies", "transfer"], help="none: the table alone")
     options = parser.parse_args()
     torch.set_num_threads(1)  # tensors this small only lose by being shared out
     runs = Runs(options.out)
     task = Task(*digits(300), SmallMobileNet, options.epochs)
-    if not options.only_table:
+    if "policies" in options.parts:
         compare_policies(runs, task, options.seeds)
+    if "transfer" in options.parts:
         transfer(runs, *proxy_and_target(options.epochs), options.seeds)
     write_whole(options.table, report(runs, task).encode())
     print(report(runs, task))

@@ -8,7 +8,8 @@ from saq_fx.precision import Budget, Policy, Precision
 from saq_fx.prepare import apply_policy, calibrate, prepare_saq
 from saq_fx.recipe import Recipe
 from saq_fx.report import LayerRow, PrecisionReport, precision_report
-from saq_fx.search import SearchResult, search_precision
+from saq_fx.search import search_precision
+from saq_fx.search_result import SearchResult
 from saq_fx.training import SAQ
 from saq_fx.training_recipe import TrainingRecipe, paper_recipe
 

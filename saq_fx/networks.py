@@ -47,30 +47,29 @@ class SmallResNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, depthwise 3x3 and a linear bottleneck, around a shortcut where shapes allow (MobileNetV2)."""
+    """Expansion, depthwise convolution and projection; the narrow ends carry signed values (MobileNetV2, 2018)."""
 
     def __init__(self, channels_in: int, channels: int, stride: int = 1, expansion: int = 4) -> None:
         super().__init__()
-        hidden = expansion * channels_in
-        self.expand = nn.Conv2d(channels_in, hidden, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
-        self.bn2 = nn.BatchNorm2d(hidden)
-        self.project = nn.Conv2d(hidden, channels, 1, bias=False)
+        wide = expansion * channels_in
+        self.is_residual = stride == 1 and channels_in == channels
+        self.expand = nn.Conv2d(channels_in, wide, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.depthwise = nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.project = nn.Conv2d(wide, channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
-        self.has_shortcut = stride == 1 and channels_in == channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride), of either sign."""
-        out = F.relu6(self.bn1(self.expand(x)))
-        out = F.relu6(self.bn2(self.depthwise(out)))
+        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        out: Tensor = torch.relu(self.bn1(self.expand(x)))
+        out = torch.relu(self.bn2(self.depthwise(out)))
         out = self.bn3(self.project(out))
-        result: Tensor = x + out if self.has_shortcut else out
-        return result
+        return out + x if self.is_residual else out
 
 
 class SmallMobileNet(nn.Module):
-    """An inverted-residual network of 17 layers for small images: a stem, five blocks, a classifier."""
+    """Inverted residuals for small images, 17 layers of very different shapes: a test bed for mixed precision."""
 
     def __init__(self, width: int = 8, classes: int = 10, channels: int = 1) -> None:
         super().__init__()
@@ -87,8 +86,8 @@ class SmallMobileNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, classes)."""
-        x = self.blocks(F.relu6(self.bn(self.stem(x))))
-        logits: Tensor = self.fc(x.mean((2, 3)))
+        x = self.blocks(torch.relu(self.bn(self.stem(x))))
+        logits: Tensor = self.fc(torch.relu(x).mean((2, 3)))
         return logits
 
 

@@ -197,8 +197,7 @@ class Quantizer(nn.Module):
 
     def guarded_level(self) -> Tensor:
         """The level, at least the smallest; the gradient passes all the same, so that it can grow again."""
-        passing = self.level - self.level.detach()  # zero, with the level's gradient
-        return self.level.where(self.level >= self.smallest_level, self.smallest_level + passing)
+        return guarded(self.level, self.smallest_level)
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized tensor, of the shape and type of `x`."""
@@ -430,14 +429,25 @@ def _ones(channels: int | None, device: torch.device | None, dtype: torch.dtype 
     return torch.ones(channels or 1, device=device, dtype=dtype)
 
 
+def guarded(level: Tensor, smallest: Tensor) -> Tensor:
+    """The level, at least the smallest; the gradient passes all the same."""
+    passing = level - level.detach()  # zero, with the level's gradient
+    return level.where(level >= smallest, smallest + passing)
+
+
 def centered(x: Tensor) -> tuple[Tensor, Tensor]:
     """x less its mean, and its standard deviation (never 0), both constants to the gradient.
 
     On CPUs ten times as fast as `torch.std_mean`.
     """
     x = x - x.detach().mean()
-    std = torch.linalg.vector_norm(x.detach()) / math.sqrt(max(1, x.numel() - 1))
-    return x, std.clamp_min(torch.finfo(x.dtype).tiny)
+    return x, deviation(x.detach())
+
+
+def deviation(centered: Tensor) -> Tensor:
+    """The standard deviation of a tensor whose mean is 0; never 0 itself."""
+    std: Tensor = torch.linalg.vector_norm(centered) / math.sqrt(max(1, centered.numel() - 1))
+    return std.clamp_min(torch.finfo(centered.dtype).tiny)
 
 
 def _per_channel(level: Tensor, x: Tensor, axis: int) -> Tensor:

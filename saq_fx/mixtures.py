@@ -46,7 +46,9 @@ class HeldMixture:
         if self.mixed is None:
             memory = self.leaf
             fits = memory is not None and (memory.shape, memory.dtype, memory.device) == (x.shape, x.dtype, x.device)
-            self.mixed = mixture.mix(x, memory.detach() if memory is not None and fits else None)
+            # Without the hooks of activation checkpointing, since what it runs again finds the mixture held.
+            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+                self.mixed = mixture.mix(x, memory.detach() if memory is not None and fits else None)
             if memory is None or self.mixed.data_ptr() != memory.data_ptr():
                 self.leaf = self.mixed.detach().requires_grad_()
         assert self.leaf is not None
@@ -55,6 +57,10 @@ class HeldMixture:
     def release(self) -> None:
         """The next forward mixes anew."""
         self.mixed = None
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class MixtureQuantizer(nn.Module):

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
     0: "errors precision recipe quantizers mixtures sharpness allocation",
-    1: "annotation attention capture dataflow example_values exported graph modes operators pass_base recording "
-    "rewriting shapes symbolic tracing",
+    1: "annotation attention capture dataflow example_values exported graph modes operators pass_base patching "
+    "recording rewriting shapes symbolic tracing",
     2: "cost report plots",
     4: "__init__ prepare search training checkpoint data models networks cli demo",
 }

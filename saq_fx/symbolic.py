@@ -117,9 +117,11 @@ class SymbolicTracer(fx.Tracer):
         if self._examples.running or m not in self._paths:
             return forward(*args, **kwargs)
         if self.arguments is None or m is self.root:
+            _reject_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
         last, stack = next(reversed(self.graph.nodes), None), copy.copy(self.module_stack)
         try:
+            _reject_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             self.module_stack = stack
@@ -192,6 +194,7 @@ class SymbolicTracer(fx.Tracer):
                 keyword[name] = value
             else:
                 positional.append(value)
+        _reject_backward_hooks(self.root)
         # As a call, not only its forward, so that the hooks of the model itself are recorded as well.
         return lambda root, *args: _symbolic_trace._orig_module_call(root, *args, **keyword), positional
 
@@ -280,6 +283,11 @@ def build_object(name: str, attributes: Mapping[str, Any]) -> Any:
     built = cls.__new__(cls)
     built.__dict__.update(attributes)
     return built
+
+
+def _reject_backward_hooks(module: nn.Module) -> None:
+    if module._backward_hooks or module._backward_pre_hooks:
+        raise TracingError(f"{type(module).__name__} has backward hooks, which no graph runs")
 
 
 def has_own_call(module: nn.Module) -> bool:

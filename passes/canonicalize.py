@@ -55,7 +55,7 @@ def _rewrite_graph(gm: SaqGraphModule) -> bool:
 
 def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
     module: Any = gm.get_submodule(str(node.target))
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     kind = type(module)
     expand: Callable[..., Any]

@@ -25,7 +25,7 @@ from saq_fx.operators import operator_of
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.shapes import evaluating
 from saq_fx.sharpness import preserve_buffers
-from saq_fx.symbolic import source_line
+from saq_fx.symbolic import place_and_cause
 from saq_fx.tracing import ExampleInputs, Inputs, copied, split_inputs, trace, trace_symbolically
 
 
@@ -90,7 +90,7 @@ def _capture_around(model: nn.Module, inputs: Inputs, reason: str) -> SaqGraphMo
 def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     """A graph that runs the model's own forward; arguments whose defaults no graph can hold are left at them."""
     graph, signature = fx.Graph(), inspect.signature(model.forward)
-    given = signature.bind(*inputs[0], **inputs[1]).arguments
+    given = signature.bind_partial(*inputs[0], **inputs[1]).arguments
     positional: list[fx.Node] = []
     keyword: dict[str, fx.Node] = {}
     more: dict[str, Any] = {}
@@ -138,7 +138,7 @@ def _record(model: nn.Module, python: Iterable[nn.Module], inputs: Inputs) -> Ca
             model(*args, **kwargs)
     except Exception as error:
         raise TracingError(
-            f"{type(model).__name__} does not run on the example inputs: {source_line(error)}: {error}"
+            f"{type(model).__name__} does not run on the example inputs: {place_and_cause(error)}"
         ) from error
     return recorder
 
@@ -197,7 +197,7 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
             for args, kwargs in calls.inputs:
                 part(*args, **kwargs)
     except Exception as error:
-        return _capture_around(module, calls.inputs[0], f"{source_line(error)}: {error}")
+        return _capture_around(module, calls.inputs[0], place_and_cause(error))
     return part
 
 

@@ -7,19 +7,17 @@ import operator
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
-from torch.utils import checkpoint
 
 from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
 from saq_fx.modes import TrainingFlag
-from saq_fx.operators import quantizable_names
+from saq_fx.patching import patched
 
 
 class TrainingMarker(int):
@@ -70,7 +68,7 @@ class SymbolicTracer(fx.Tracer):
         self._paths = set(root.modules())
         self._attributes = Attributes(root)
         try:
-            with _following_wrapped_products(), _recording_factories(self), _rejecting_checkpoints():
+            with patched(self):
                 return super().trace(root, concrete_args)
         finally:
             self._attributes.restore(root)
@@ -119,16 +117,18 @@ class SymbolicTracer(fx.Tracer):
         if self._examples.running or m not in self._paths:
             return forward(*args, **kwargs)
         if self.arguments is None or m is self.root:
+            _reject_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
         last, stack = next(reversed(self.graph.nodes), None), copy.copy(self.module_stack)
         try:
+            _reject_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             self.module_stack = stack
             self._attributes.restore(m)
             self._erase_after(last)
             path = self.path_of_module(m)
-            self.untraceable.setdefault(path, f"{source_line(error)}: {error}")
+            self.untraceable.setdefault(path, place_and_cause(error))
             return self.create_proxy("call_module", path, args, kwargs)
 
     def _erase_after(self, last: fx.Node | None) -> None:
@@ -194,6 +194,7 @@ class SymbolicTracer(fx.Tracer):
                 keyword[name] = value
             else:
                 positional.append(value)
+        _reject_backward_hooks(self.root)
         # As a call, not only its forward, so that the hooks of the model itself are recorded as well.
         return lambda root, *args: _symbolic_trace._orig_module_call(root, *args, **keyword), positional
 
@@ -262,11 +263,6 @@ def _holds_proxy(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(_holds_proxy, value))
 
 
-_FACTORIES = ("arange", "eye", "finfo", "iinfo", "linspace", "tensor")
-# What is random must be drawn anew in each run, and what is filled in place must be made anew.
-_ALWAYS_RECORDED = ("empty", "full", "normal", "ones", "rand", "randint", "randn", "randperm", "zeros")
-
-
 def class_name(cls: type) -> str:
     """Where to find a class again."""
     return f"{cls.__module__}:{cls.__qualname__}"
@@ -289,72 +285,9 @@ def build_object(name: str, attributes: Mapping[str, Any]) -> Any:
     return built
 
 
-@contextmanager
-def _recording_factories(tracer: SymbolicTracer) -> Iterator[None]:
-    """Within: functions that make tensors are recorded, those without effects only where a size is symbolic.
-
-    A graph cannot hold the scope of an autocast; it runs under the caller's. Nor can it hold a checkpoint, whose
-    module therefore stays Python code.
-    """
-    # torch.compile keeps tables of torch's functions from when it is imported, which a model may do: not from here.
-    importlib.import_module("torch._dynamo")
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_ALWAYS_RECORDED, "autocast")}
-    for name in (*_FACTORIES, *_ALWAYS_RECORDED):
-        setattr(torch, name, _recorded(originals[name], tracer if name in _ALWAYS_RECORDED else None))
-    torch.autocast = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
-
-
-def _recorded(function: Callable[..., Any], always_by: SymbolicTracer | None) -> Callable[..., Any]:
-    """Becomes a node if any argument is a proxy, or always, in the graph of a tracer."""
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        proxy = _symbolic_trace._find_proxy(args, kwargs)
-        tracer: Any = always_by if proxy is None else proxy.tracer
-        if tracer is None or tracer.is_evaluating:
-            return function(*args, **kwargs)
-        return tracer.create_proxy("call_function", function, args, kwargs)
-
-    return record
-
-
-@contextmanager
-def _rejecting_checkpoints() -> Iterator[None]:
-    """Within: checkpointing symbolic values is an error, for a graph would lose it, and with it the memory it saves."""
-    original = checkpoint._infer_device_type
-
-    def reject(*args: Any) -> Any:
-        if _symbolic_trace._find_proxy(args, {}) is not None:
-            raise TracingError("torch.utils.checkpoint runs its function a second time, which no graph does")
-        return original(*args)  # type: ignore[no-untyped-call]
-
-    checkpoint._infer_device_type = reject
-    try:
-        yield
-    finally:
-        checkpoint._infer_device_type = original
-
-
-@contextmanager
-def _following_wrapped_products() -> Iterator[None]:
-    """Within: functions registered by `fx.wrap` that call an operation of the table are no leaves."""
-    table = _symbolic_trace._wrapped_fns_to_patch
-    names = quantizable_names()
-    followed = {
-        key: frame
-        for key, frame in table.items()
-        if names.intersection(getattr(getattr(frame.get(key[1]), "__code__", None), "co_names", ()))
-    }
-    for key in followed:
-        del table[key]
-    try:
-        yield
-    finally:
-        table.update(followed)
+def _reject_backward_hooks(module: nn.Module) -> None:
+    if module._backward_hooks or module._backward_pre_hooks:
+        raise TracingError(f"{type(module).__name__} has backward hooks, which no graph runs")
 
 
 def has_own_call(module: nn.Module) -> bool:
@@ -391,8 +324,13 @@ def require_same_path(value: Any, kind: str, expected: Any) -> None:
         )
 
 
-def source_line(error: BaseException) -> str:
-    """The last line of the user's code on the way to an error."""
+def place_and_cause(error: BaseException) -> str:
+    """The last line of the user's code on the way to an error, and the first line of its message."""
+    cause = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{_source_line(error)}: {cause}"
+
+
+def _source_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     libraries = (torch.__path__[0], os.path.dirname(__file__))
     own = [frame for frame in frames if not frame.filename.startswith(libraries)]

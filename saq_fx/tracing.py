@@ -18,7 +18,7 @@ from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import merge_modes
-from saq_fx.symbolic import SymbolicTracer, TrainingMarker, add_training_flag, source_line
+from saq_fx.symbolic import SymbolicTracer, TrainingMarker, add_training_flag, place_and_cause
 
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -130,5 +130,5 @@ def _run_tracer(model: nn.Module, tracer: SymbolicTracer) -> tuple[fx.Graph, dic
     except Exception as error:
         path = next(reversed(tracer.module_stack.values()), ("", None))[0] or "the model itself"
         raise TracingError(
-            f"{type(model).__name__} cannot be traced symbolically: module {path!r}, {source_line(error)}: {error}"
+            f"{type(model).__name__} cannot be traced symbolically: module {path!r}, {place_and_cause(error)}"
         ) from error

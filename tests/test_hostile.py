@@ -330,6 +330,22 @@ def test_what_python_code_multiplies_itself_is_listed() -> None:
     assert re.search(r"Python code.*test_hostile\.py:\d+ `return y \* 2 if y\.mean\(\) > 0 else y`", reason)
 
 
+def test_backward_hooks_still_run() -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)),
+        torch.randn(3, 4),
+    )
+    for hooked in (model[1], model[2]):
+        hooked.register_full_backward_hook(lambda module, inward, outward: (inward[0] * 0.5,))
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert_same(model, gm, x)
+    report = precision_report(gm)
+    assert [row.name for row in report.rows] == ["0", "1.0"]
+    ((name, reason),) = report.uncounted
+    assert name == "2.linear"
+    assert reason.endswith("Linear has backward hooks, which no graph runs")
+
+
 class Bare(nn.Module):
     def __init__(self) -> None:
         super().__init__()

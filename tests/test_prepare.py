@@ -337,3 +337,25 @@ def test_overrides_by_name_operator_and_class() -> None:
         prepare_saq(ZOO["attention"].make(), example_inputs=inputs, precision=Policy({"op:conv2d": "float"}))
     with pytest.raises(PatternError, match=r"'class:MultiHead': the nearest are class:MultiheadAttention"):
         prepare_saq(ZOO["attention"].make(), example_inputs=inputs, precision=Policy({"class:MultiHead": "float"}))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_float_graph_is_the_model_on_another_shape(name: str) -> None:
+    model, inputs = classifier(name)
+    gm = prepare_saq(model, example_inputs=inputs, precision=None)
+    assert_same_function(model, gm, torch.randn(3, 3, 96, 80))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models.detection))
+def test_float_graph_is_the_detector(name: str) -> None:
+    sizes = {} if name.startswith("ssd") else {"min_size": 96, "max_size": 160}
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, **sizes).eval()
+    gm = prepare_saq(model, example_inputs=([torch.rand(3, 96, 96)],), precision=None)
+    report = precision_report(gm)
+    assert report.tracing == "by parts"
+    assert report.uncounted == ()
+    images = [torch.rand(3, 120, 80), torch.rand(3, 64, 100)]
+    for found, expected in zip(gm(images), model(images), strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)

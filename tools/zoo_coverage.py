@@ -267,7 +267,8 @@ def main() -> None:
     exact = sum(row[3] == "exact" for row in good)
     summary = (
         f"{len(good)} of {len(rows)} models are prepared; the float graph of {exact} equals the model bit for bit, "
-        "outputs in both modes and gradients."
+        "outputs in both modes and gradients. On inputs of another shape, some models do not run (not taken), "
+        "others take another path through their code, which a guard of the graph turns into an error (refused)."
     )
     table = tabulate(rows, HEADERS, tablefmt="pipe", floatfmt=".1f")
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "

@@ -1,6 +1,7 @@
 """Searched, uniform, random and sensitivity policies at equal BitOps on handwritten digits, and their transfer.
 
-The test bed is `SmallMobileNet` on few training images: policies of equal BitOps differ there by more than seeds do.
+The test bed is `SmallMobileNet` on few training images; how much random policies of equal BitOps differ on it, and how
+much seeds do, is in the table.
 Every run is written to the JSON file as soon as it is done, and is not done again: an interrupted run goes on.
 
 `python tools/reproduce_asga.py [--out FILE] [--table FILE] [--seeds 5] [--epochs 30] [--parts policies transfer]`

@@ -1,8 +1,9 @@
 """Leaf tensors next to the weight quantizers, through which a sharpness-aware step perturbs the weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from saq_fx.annotation import inherit_owner, record_of, update_record
 from saq_fx.dataflow import tensor_at
 from saq_fx.errors import PassError
-from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.graph import SaqGraphModule, graphs, layers
 from saq_fx.pass_base import Pass, PassResult, check_facts
 from saq_fx.sharpness import Perturbation
 
@@ -45,20 +46,7 @@ class InsertPerturbations(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place; leaves that are where they should be stay as they are."""
-        quantizers = _weight_quantizers(gm)
-        wanted = {_leaf_path(target, side) for target in quantizers for side in CASES[self.case]}
-        misplaced = wanted != set(_leaves(gm))
-        modified = misplaced or record_of(gm).perturbation_case != self.case
-        if misplaced:
-            _remove(gm)
-            for path in sorted(wanted):
-                gm.add_submodule(path, Perturbation())
-            for target, nodes in quantizers.items():
-                for node in nodes:
-                    for side in sorted(set(CASES[self.case])):
-                        _insert(node, _leaf_path(target, side), side)
-        update_record(gm, perturbation_case=self.case)
-        return PassResult(gm, modified)
+        return PassResult(gm, _apply(gm, partial(_insert_all, case=self.case)))
 
 
 @dataclass(frozen=True)
@@ -67,9 +55,37 @@ class RemovePerturbations(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place."""
-        modified = _remove(gm) or record_of(gm).perturbation_case is not None
-        update_record(gm, perturbation_case=None)
-        return PassResult(gm, modified)
+        return PassResult(gm, _apply(gm, _remove_all))
+
+
+def _apply(gm: SaqGraphModule, change: Callable[[SaqGraphModule], bool]) -> bool:
+    """Applies a change to a graph and to its parts; whether any of them changed."""
+    changed = [change(part) for _, part in graphs(gm)]
+    return any(changed)
+
+
+def _insert_all(gm: SaqGraphModule, case: int) -> bool:
+    """Gives one graph its leaves; whether that changed it."""
+    quantizers = _weight_quantizers(gm)
+    wanted = {_leaf_path(target, side) for target in quantizers for side in CASES[case]}
+    misplaced = wanted != set(_leaves(gm))
+    modified = misplaced or record_of(gm).perturbation_case != case
+    if misplaced:
+        _remove(gm)
+        for path in sorted(wanted):
+            gm.add_submodule(path, Perturbation())
+        for target, nodes in quantizers.items():
+            for node in nodes:
+                for side in sorted(set(CASES[case])):
+                    _insert(node, _leaf_path(target, side), side)
+    update_record(gm, perturbation_case=case)
+    return modified
+
+
+def _remove_all(gm: SaqGraphModule) -> bool:
+    modified = _remove(gm) or record_of(gm).perturbation_case is not None
+    update_record(gm, perturbation_case=None)
+    return modified
 
 
 def _weight_quantizers(gm: SaqGraphModule) -> dict[str, list[fx.Node]]:
@@ -128,6 +144,33 @@ class PerturbedWeight:
     perturbation: Perturbation
     parameters: tuple[nn.Parameter, ...]
     shape: torch.Size
+    graph_module: SaqGraphModule
+    quantizer: fx.Node
+
+    def is_current(self) -> bool:
+        """Whether the graph still holds the leaves."""
+        case = record_of(self.graph_module).perturbation_case
+        if case is None:
+            return False
+        owner_path, _, name = str(self.quantizer.target).rpartition(".")
+        owner = self.graph_module.get_submodule(owner_path)
+        sides = zip((self.gradient, self.perturbation), CASES[case], strict=True)
+        return all(getattr(owner, _leaf_path(name, side), None) is leaf for leaf, side in sides)
+
+    def quantized(self) -> Tensor:
+        """The quantized weight as it is now: in case 2, of the weight with its delta."""
+        return _value(self.graph_module, self.quantizer)
+
+    def codes(self) -> Tensor:
+        """The integers that stand for the quantized weight as it is now."""
+        quantizer: Any = self.graph_module.get_submodule(str(self.quantizer.target))
+        return cast("Tensor", quantizer.codes(_value(self.graph_module, self.quantizer.all_input_nodes[0])))
+
+    def value(self) -> Tensor:
+        """The tensor whose gradient defines the perturbation: the quantized weight in case 3, else the weight."""
+        case = record_of(self.graph_module).perturbation_case or 0
+        behind = CASES[case][0] == "after"
+        return self.quantized() if behind else _value(self.graph_module, self.quantizer.all_input_nodes[0])
 
 
 def perturbed_weights(gm: SaqGraphModule) -> list[PerturbedWeight]:
@@ -137,15 +180,18 @@ def perturbed_weights(gm: SaqGraphModule) -> list[PerturbedWeight]:
         PassError: the graph has no perturbation leaves.
     """
     check_facts(gm, InsertPerturbations.gives, "perturbed_weights")
+    return [weight for _, part in graphs(gm) for weight in _weights_of(part)]
+
+
+def _weights_of(gm: SaqGraphModule) -> list[PerturbedWeight]:
     sides = CASES[record_of(gm).perturbation_case or 0]
     found = []
     for target, (node, *_) in _weight_quantizers(gm).items():
         parameters = _parameters_behind(gm, node)
         if parameters:
             gradient, perturbation = (_leaf(gm, target, side) for side in sides)
-            with torch.no_grad():
-                shape = _value(fx.Interpreter(gm), node.all_input_nodes[0]).shape
-            found.append(PerturbedWeight(gradient, perturbation, parameters, shape))
+            shape = _value(gm, node.all_input_nodes[0]).shape
+            found.append(PerturbedWeight(gradient, perturbation, parameters, shape, gm, node))
     return found
 
 
@@ -163,10 +209,25 @@ def _parameters_behind(gm: SaqGraphModule, quantizer: fx.Node) -> tuple[nn.Param
     return tuple(found)
 
 
-def _value(interpreter: fx.Interpreter, node: fx.Node) -> Any:
+@torch.no_grad()
+def _value(gm: SaqGraphModule, node: fx.Node) -> Tensor:
     """The value of a node that depends on no input of the graph."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: _value(interpreter, operand))
-    return getattr(interpreter, node.op)(node.target, args, kwargs)
+    interpreter = fx.Interpreter(gm)
+
+    def evaluate(node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), evaluate)
+        return getattr(interpreter, node.op)(node.target, args, kwargs)
+
+    value: Tensor = evaluate(node)
+    return value
+
+
+def moved_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | None:
+    """Share of the elements that differ between two lists of codes; None of empty lists."""
+    if not before:
+        return None
+    moved = torch.stack([(a != b).sum() for a, b in zip(before, after, strict=True)]).sum()
+    return float(moved) / sum(tensor.numel() for tensor in before)
 
 
 @contextmanager
@@ -191,4 +252,5 @@ def zero_deltas(weights: Sequence[PerturbedWeight]) -> Iterator[list[tuple[Tenso
 
 
 def _zeros(weight: PerturbedWeight) -> Tensor:
-    return weight.parameters[0].detach().new_zeros(weight.shape).requires_grad_()
+    like = weight.parameters[0]
+    return torch.zeros(weight.shape, dtype=like.dtype, device=like.device, requires_grad=True)

@@ -59,7 +59,7 @@ def _insert_both(site: _Site, scheme: str, recipe: Recipe) -> bool:
     layer = site.layer
     lacks_input = layer.input_quantizer is None and not layer.reads_network_input
     if lacks_input:
-        make = _activation_quantizer_maker(layer, scheme, layer.activation_signed)
+        make = _activation_quantizer_maker(layer, scheme, layer.activation_signed, recipe)
         _insert(site, layer.activation_operand, "input_quantizer", make)
     if layer.weight_quantizer is None:
         _insert_second(site, scheme, recipe)
@@ -84,7 +84,7 @@ def _signed_overrides(gm: SaqGraphModule, recipe: Recipe) -> dict[str, bool]:
 def _insert_second(site: _Site, scheme: str, recipe: Recipe) -> None:
     gm, node, layer = site.graph_module, site.node, site.layer
     if layer.is_product:
-        make = _activation_quantizer_maker(layer, scheme, layer.weight_signed)
+        make = _activation_quantizer_maker(layer, scheme, layer.weight_signed, recipe)
         _insert(site, layer.weight_operand, "other_quantizer", make)
         return
     weight: fx.Node = node.args[layer.weight_operand]  # type: ignore[assignment]
@@ -121,10 +121,10 @@ def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
 QuantizerMaker = Callable[[torch.device | None, torch.dtype | None], Quantizer]
 
 
-def _activation_quantizer_maker(layer: LayerAnnotation, scheme: str, signed: bool) -> QuantizerMaker:
+def _activation_quantizer_maker(layer: LayerAnnotation, scheme: str, signed: bool, recipe: Recipe) -> QuantizerMaker:
     bits = _precision(layer)[1]
-    if signed:
-        return lambda device, dtype: StepQuantizer(bits, signed=True, offset=True, device=device, dtype=dtype)
+    if signed or recipe.activation_offsets:
+        return lambda device, dtype: StepQuantizer(bits, signed=signed, offset=True, device=device, dtype=dtype)
     if scheme == "lsq":
         return lambda device, dtype: StepQuantizer(bits, signed=False, device=device, dtype=dtype)
     return lambda device, dtype: ClipActivationQuantizer(bits, device=device, dtype=dtype)

@@ -1,32 +1,27 @@
 """Searches bit-widths by adaptive sharpness-aware gradient aligning (ASGA)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from saq_fx.cost import budget_constraints, cost_table
+from saq_fx.choices import ExpectedShares, choices, weight_mixtures
 from saq_fx.errors import PassError, PrecisionError, TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.passes.relax_precision import Choice, choices
 from saq_fx.precision import Budget
-from saq_fx.quantizers import Quantizer
-from saq_fx.sharpness import (
-    RandomState,
-    ascent_scale,
-    curvature,
-    global_norm,
-    inner_product,
-    perturbed,
-    preserve_buffers,
-)
+from saq_fx.resume import load_state, random_state, save_state, set_random_state
+from saq_fx.sharpness import curvature
 from saq_fx.tracing import ExampleInputs, split_inputs
+from saq_fx.two_passes import TwoPasses
 
 Batch = tuple[ExampleInputs, Any]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -34,6 +29,21 @@ LossFunction = Callable[[Any, Any], Tensor]
 MOMENTUM = 0.9  # of the weights' SGD
 SMOOTHING = 0.9  # of the gap that sets the radius
 STEEPEST_START = 5.0  # largest logit per bit at the start
+SCORES = ("gradient", "probability")
+_FLOAT_SHARE = 16.0  # of the BitOps at W8A8: those at W32A32, which no network exceeds
+_FLOAT = (Budget.ratio(_FLOAT_SHARE),)
+STILL_STEPS, STILL_CHANGE = 100, 0.01  # no probability moved by so much in so many steps
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "EdMIPS": {"rho": 0.0, "score": "probability", "final_temperature": 1.0},
+    "+ gradient score": {"rho": 0.0},
+    "+ perturbation": {"rho_range": (0.1, 0.1), "alignment": None},
+    "+ alignment": {"rho_range": (0.1, 0.1)},
+    "+ adaptive radius (ASGA)": {},
+}
+"""Settings of `SearchAsga` that add one ingredient after the other to EdMIPS (CVPR 2020), all under one budget."""
+
+_VALUES = ("steps", "done", "round_start", "round_random", "rho", "mean_gap", "price", "gains")
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,8 @@ class SearchStep:
 
     Losses are the task's; `gap` is h = max(0, perturbed_loss - loss), `rho` the radius it was found with,
     `sigma` = 2h/rho**2 (None at radius 0), `cosine` that of the two gradients. `cost` is the expected cost as a
-    share of the budget (of several, the one nearest to its limit), `beta` its price in loss.
+    share of the budget (of several, the one nearest to its limit; without any, of W32A32), `beta` its price in loss.
+    `logits` and expected `bits` are those of each choice and operand, by name.
     """
 
     loss: float
@@ -54,6 +65,13 @@ class SearchStep:
     cost: float
     beta: float
     temperature: float
+    logits: Mapping[str, tuple[float, ...]]
+    bits: Mapping[str, float]
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "SearchStep":
+        """The inverse of `dataclasses.asdict`, also of what JSON has made of that."""
+        return SearchStep(**{**data, "logits": {name: tuple(each) for name, each in data["logits"].items()}})
 
 
 @dataclass(frozen=True)
@@ -68,16 +86,17 @@ class SearchPassResult(PassResult):
 class SearchAsga(Pass):
     """Trains weights and logits of a relaxed graph together, and scores its choices (arXiv 2505.04877).
 
-    One step, with theta all weights and logits, L the task's loss, c the expected cost as a share of the budget:
+    One step, with theta all that is perturbed, L the task's loss, c the expected cost as a share of the budget:
 
         g = grad L(theta);  g_a = grad L(theta + (rho/||g|| - a) g)        aligned (SAGM, arXiv 2303.10353)
         weights: SGD on (g + g_a)/2
-        logits:  Adam on (g + g_a)/2 + (beta + damping (c - 1)) grad c     augmented Lagrangian
-        rho  <- clip(ln(h + 1), *rho_range), h the running mean of max(0, L_a - L)
-        beta <- beta + dual_lr (c - 1)
+        logits:  Adam on (g + g_a)/2 + (price + damping (c - 1)) grad c     augmented Lagrangian
+        rho   <- clip(ln(h + 1), *rho_range), h the running mean of max(0, L_a - L)
+        price <- price + dual_lr (c - 1)
 
-    The logits start where c = 1, and beta holds it there while the temperature of the mixtures falls. Clipping
-    levels are trained but not perturbed. The second pass sees the first one's random numbers and moves no buffer.
+    Weights are perturbed behind their mixtures, as in case 3 of SAQ; what is in front of them, and clipping levels,
+    are not (see `TwoPasses`). The logits start where c = 1, and the price holds it there while the temperature of the
+    mixtures falls.
 
     A candidate's score is `sum_c p_c dL/dp_c - dL/dp_b`, the first-order gain in loss of a mixture that moves to
     it: the mean over the steps and both passes. Complexity is left out of it, for the allocation under the budget
@@ -87,33 +106,43 @@ class SearchAsga(Pass):
         batches: (inputs, targets) pairs; iterated again where `steps` asks for more.
         loss_fn: of outputs and targets; a 0-d tensor.
         budgets: c is the largest share of any of them.
+        beta: a fixed price, in loss, of the expected BitOps as a share of those at W8A8; taken off the scores as well.
         steps: of training; None for one pass over the batches.
         rho: first radius, in one global norm; 0 leaves out the second pass (EdMIPS).
         rho_range: smallest and largest radius; two equal numbers fix it.
-        alignment: a; 0 for the plain sharpness-aware gradient.
-        weight_lr, logits_lr, dual_lr: learning rates of weights and clipping levels, of logits, of beta.
+        alignment: a; None steps with g_a alone, at a = 0 (SAM).
+        score: "gradient" as above, or "probability" for the log-probabilities at the end (EdMIPS).
+        weight_lr, logits_lr, dual_lr: learning rates of weights and clipping levels, of logits, of the price.
         final_temperature: of the last step; the first one has 1.
         after_step: called with what each step saw, for logging.
+        checkpoint: a file that holds the state of the search; where it exists, the search goes on from it.
+        checkpoint_steps: steps from one writing of the file to the next.
     """
 
     batches: Iterable[Batch]
     loss_fn: LossFunction
-    budgets: tuple[Budget, ...]
+    budgets: tuple[Budget, ...] = ()
+    beta: float = 0.0
     steps: int | None = None
     rho: float = 0.1
     rho_range: tuple[float, float] = (0.05, 0.5)
-    alignment: float = 1e-3
+    alignment: float | None = 1e-3
+    score: str = "gradient"
     weight_lr: float = 0.02
     logits_lr: float = 0.02
     dual_lr: float = 0.1
     damping: float = 5.0
     final_temperature: float = 0.3
     after_step: Callable[[SearchStep], None] | None = None
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_steps: int = 100
     needs: ClassVar[frozenset[str]] = frozenset({"annotations", "shapes", "quantizers"})
 
     def __post_init__(self) -> None:
-        if not self.budgets:
-            raise PrecisionError("a search needs at least one budget")
+        if not self.budgets and not self.beta > 0:
+            raise PrecisionError("a search needs at least one budget, or a price beta > 0 of the cost")
+        if self.score not in SCORES:
+            raise PrecisionError(f"there is no score {self.score!r}: use {' or '.join(map(repr, SCORES))}")
 
     def run(self, gm: SaqGraphModule) -> SearchPassResult:
         """Trains `gm`, whose graph stays as it is.
@@ -122,15 +151,20 @@ class SearchAsga(Pass):
             InfeasibleBudgetError: before any training.
             PassError: the graph has no mixtures.
             TrainingError: the batches run out, or a loss or gradient is not finite.
+            CheckpointError: the checkpoint is not one of this search.
         """
         search = _Search(gm, self)
-        history = []
+        if self.checkpoint is not None and Path(self.checkpoint).exists():
+            search.resume()
         gm.train()
-        for inputs, targets in self._repeated_batches(search.steps):
-            history.append(search.step(self._closure(gm, inputs, targets)))
-            if self.after_step is not None:
-                self.after_step(history[-1])
-        return SearchPassResult(gm, False, search.scores(), tuple(history))
+        with search.passes:
+            for inputs, targets in self._repeated_batches(search):
+                step = search.step(self._closure(gm, inputs, targets))
+                if self.after_step is not None:
+                    self.after_step(step)
+                if self.checkpoint is not None and search.done % self.checkpoint_steps == 0:
+                    search.save()
+        return SearchPassResult(gm, False, search.scores(), tuple(search.history))
 
     def _closure(self, gm: SaqGraphModule, inputs: ExampleInputs, targets: Any) -> Callable[[], Tensor]:
         args, kwargs = split_inputs(inputs)
@@ -145,15 +179,18 @@ class SearchAsga(Pass):
             raise TrainingError(f"a search of {steps} steps finds nothing: pass batches, and at least one step")
         return steps
 
-    def _repeated_batches(self, steps: int) -> Iterator[Batch]:
-        done = 0
-        while done < steps:
-            before = done
-            for batch in islice(self.batches, steps - done):
+    def _repeated_batches(self, search: "_Search") -> Iterator[Batch]:
+        """The batches of all steps that are left; after resuming, from the middle of a round through them."""
+        while search.done < search.steps:
+            before = search.round_start
+            for batch in search.round_of(self.batches):
                 yield batch
-                done += 1
-            if done == before:
-                raise TrainingError(f"the batches ran out after {done} of {steps} steps: pass a list or a loader")
+                if search.done == search.steps:
+                    return
+            if search.done == before:
+                raise TrainingError(
+                    f"the batches ran out after {search.done} of {search.steps} steps: pass a list or a loader"
+                )
 
 
 class _Search:
@@ -165,20 +202,26 @@ class _Search:
         self.choices = choices(gm)
         if not self.choices:
             raise PassError("the graph has no mixtures to search: run RelaxPrecision, and leave a layer unpinned")
-        self.shares = ExpectedShares(gm, self.choices, options.budgets)
-        self.mixtures = [mixture for choice in self.choices for mixture in choice.mixtures]
-        self.logits = [mixture.logits for mixture in self.mixtures]
-        weights = [each for each in gm.parameters() if each.requires_grad and each not in set(self.logits)]
-        self.parameters = [*weights, *self.logits]
-        quantizers = (module for module in gm.modules() if isinstance(module, Quantizer))
-        self.levels = {level for quantizer in quantizers for level in quantizer.parameters()}
+        self.shares = ExpectedShares(gm, self.choices, options.budgets or _FLOAT)
+        self.complexity = ExpectedShares(gm, self.choices, _FLOAT)
+        self.mixtures = {
+            label: mixture
+            for choice in self.choices
+            for label, mixture in zip(choice.labels, choice.mixtures, strict=True)
+        }
+        self.logits = [mixture.logits for mixture in self.mixtures.values()]
+        self.passes = TwoPasses(gm, weight_mixtures(gm))
+        weights = [each for each in self.passes.parameters if each not in set(self.logits)]
         self.optimizers = (
             torch.optim.SGD(weights, options.weight_lr, momentum=MOMENTUM),
             torch.optim.Adam(self.logits, options.logits_lr),
         )
-        self.rho, self.mean_gap, self.beta = options.rho, 0.0, 0.0
+        self.rho, self.mean_gap, self.price = options.rho, 0.0, 0.0
         self.gains = [torch.zeros_like(logits) for logits in self.logits]
-        self._start_at_budget()
+        self.history: list[SearchStep] = []
+        self.round_start, self.round_random = 0, random_state()
+        if options.budgets:
+            self._start_at_budget()
 
     @torch.no_grad()
     def _start_at_budget(self) -> None:
@@ -186,9 +229,24 @@ class _Search:
         low, high = -STEEPEST_START, STEEPEST_START
         for _ in range(50):
             price = (low + high) / 2
-            for mixture in self.mixtures:
+            for mixture in self.mixtures.values():
                 mixture.logits.copy_(-price * mixture.logits.new_tensor(mixture.candidates))
             low, high = (price, high) if float(self.shares().max()) > 1 else (low, price)
+
+    def round_of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """One round through the batches; after resuming, what the interrupted round has left."""
+        here = random_state()
+        skipped = self.done - self.round_start
+        if skipped == 0:
+            self.round_random = here
+        set_random_state(self.round_random)  # it decides how a loader shuffles
+        rest = iter(batches)
+        if skipped:
+            for _ in islice(rest, skipped):
+                pass
+            set_random_state(here)
+        yield from rest
+        self.round_start = self.done
 
     def step(self, closure: Callable[[], Tensor]) -> SearchStep:
         """One step, as `SearchAsga` writes it."""
@@ -196,60 +254,50 @@ class _Search:
         for module in self.gm.modules():
             if isinstance(module, MixtureQuantizer):
                 module.temperature = temperature
-        loss, perturbed_loss, gradient, aligned = self._two_passes(closure)
-        norms = float(global_norm(gradient) * global_norm(aligned))
-        cosine = float(inner_product(gradient, aligned)) / norms if norms else 0.0
-        mean = [(first + second) / 2 for first, second in zip(gradient, aligned, strict=True)]
-        self._count_gains(mean[-len(self.logits) :])
-        cost = self._descend(mean)
-        gap, rho, beta = max(0.0, perturbed_loss - loss), self.rho, self.beta
+        try:
+            losses = self.passes.run(closure, self.rho, self.options.alignment)
+        except TrainingError as error:
+            raise TrainingError(f"step {self.done + 1} of the search: {error}") from error
+        self._count_gains()
+        trajectory = self._trajectory()
+        cost = self._descend()
+        gap, rho, price = max(0.0, losses.perturbed_loss - losses.loss), self.rho, self.price
         self._adapt(gap, cost)
-        sigma = curvature(gap, rho) if rho else None
-        return SearchStep(loss, perturbed_loss, gap, rho, sigma, cosine, cost, beta, temperature)
-
-    def _two_passes(self, closure: Callable[[], Tensor]) -> tuple[float, float, list[Tensor], list[Tensor]]:
-        """L, L_a, g and g_a."""
-        random_state = RandomState(self.parameters)
-        loss, gradient = self._differentiate(closure)
-        if self.rho == 0:
-            return loss, loss, gradient, gradient
-        of_parameter = zip(self.parameters, gradient, strict=True)
-        ascent = {parameter: slope for parameter, slope in of_parameter if parameter not in self.levels}
-        directions = list(ascent.values())
-        scale = ascent_scale(float(global_norm(directions)), self.rho) - self.options.alignment
-        moved = perturbed(list(ascent), directions, scale)
-        with moved, preserve_buffers(self.gm), random_state.replay():
-            perturbed_loss, aligned = self._differentiate(closure)
-        return loss, perturbed_loss, gradient, aligned
-
-    def _differentiate(self, closure: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
-        loss = closure()
-        gradient = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
-        value, norm = float(loss.detach()), float(global_norm(gradient))
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {self.done + 1} of the search has loss {value:g} and gradient norm {norm:g}: look at the "
-                "batch, or lower the learning rates"
-            )
-        return value, list(gradient)
+        step = SearchStep(
+            losses.loss,
+            losses.perturbed_loss,
+            gap,
+            rho,
+            curvature(gap, rho) if rho else None,
+            losses.cosine,
+            cost,
+            price if self.options.budgets else self.options.beta,
+            temperature,
+            **trajectory,
+        )
+        self.history.append(step)
+        self._warn_if_still()
+        return step
 
     @torch.no_grad()
-    def _count_gains(self, gradient: list[Tensor]) -> None:
+    def _count_gains(self) -> None:
         """Adds each candidate's gain: by the derivative of the softmax, `dL/dz_b` is `-p_b/T` times that."""
-        for gain, mixture, slope in zip(self.gains, self.mixtures, gradient, strict=True):
-            probabilities = mixture.probabilities().clamp_min(torch.finfo(slope.dtype).tiny)
-            gain -= slope * mixture.temperature / probabilities
+        for gain, mixture in zip(self.gains, self.mixtures.values(), strict=True):
+            if mixture.logits.grad is not None:
+                probabilities = mixture.probabilities().clamp_min(torch.finfo(gain.dtype).tiny)
+                gain -= mixture.logits.grad * mixture.temperature / probabilities
 
-    def _descend(self, gradient: list[Tensor]) -> float:
+    def _descend(self) -> float:
         """Steps both optimizers; returns the expected cost, as a share of the budget, before the step."""
         cost = self.shares().max()
         share = float(cost.detach())
-        price = self.beta + self.options.damping * (share - 1)
-        charges = torch.autograd.grad(cost * price, self.logits, materialize_grads=True)
-        for parameter, slope in zip(self.parameters, gradient, strict=True):
-            parameter.grad = slope
-        for logits, charge in zip(self.logits, charges, strict=True):
-            logits.grad = charge if logits.grad is None else logits.grad + charge
+        charge = cost.new_zeros(())
+        if self.options.budgets:
+            charge = charge + (self.price + self.options.damping * (share - 1)) * cost
+        if self.options.beta:
+            charge = charge + self.options.beta * _FLOAT_SHARE * self.complexity().sum()
+        for logits, slope in zip(self.logits, torch.autograd.grad(charge, self.logits), strict=True):
+            logits.grad = slope if logits.grad is None else logits.grad + slope
         for optimizer in self.optimizers:
             optimizer.step()
         return share
@@ -260,37 +308,51 @@ class _Search:
         if self.rho > 0:
             smallest, largest = self.options.rho_range
             self.rho = min(max(math.log1p(self.mean_gap), smallest), largest)
-        self.beta += self.options.dual_lr * (cost - 1)
+        self.price += self.options.dual_lr * (cost - 1)
         self.done += 1
 
+    def _warn_if_still(self) -> None:
+        """Warns, once, if no logit has moved for many steps: nothing then is being searched."""
+        if self.done % STILL_STEPS or self.done < STILL_STEPS:
+            return
+        before, now = (self.history[index].logits for index in (-STILL_STEPS, -1))
+        if all(max(map(abs, map(float.__sub__, now[name], before[name]))) < STILL_CHANGE for name in now):
+            warnings.warn(
+                f"the search stands still: no logit moved by {STILL_CHANGE} in the last {STILL_STEPS} of {self.done} "
+                "steps. Raise logits_lr, or see whether the loss depends on the quantized layers.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
     def scores(self) -> tuple[tuple[float, ...], ...]:
-        """For each choice, the mean gain of every precision."""
-        gains = iter(self.gains)
-        return tuple(
-            tuple((choice.over_pairs(torch.add, [next(gains) for _ in choice.mixtures]) / self.done).tolist())
-            for choice in self.choices
-        )
+        """For each choice, the score of every precision."""
+        if self.options.score == "probability":
+            return tuple(tuple(choice.probabilities().log().tolist()) for choice in self.choices)
+        gains, found = iter(self.gains), []
+        for choice, costs in zip(self.choices, self.complexity.tables, strict=True):
+            gain = choice.over_pairs(torch.add, [next(gains) for _ in choice.mixtures]) / self.done
+            found.append(tuple((gain - self.options.beta * _FLOAT_SHARE * costs[:, 0]).tolist()))
+        return tuple(found)
 
-
-class ExpectedShares:
-    """The cost that each constraint expects of the mixtures, as a share of its limit; differentiable.
-
-    Closed form: a layer's expected BitOps are `MACs E[b_w] E[b_a]`; in a product, whose operands have the same
-    bits, `MACs E[b**2]`.
-    """
-
-    def __init__(self, gm: SaqGraphModule, choices: Sequence[Choice], budgets: Sequence[Budget]) -> None:
-        costs = cost_table(gm)
-        candidates = {choice.name: choice.precisions() for choice in choices}
-        constraints = budget_constraints(budgets, costs, candidates)
-        like = choices[0].mixtures[0].logits
-        tables = {
-            group: like.new_tensor([[cost / each.limit for cost in each.costs[row]] for each in constraints])
-            for row, group in enumerate(costs.groups)
+    def save(self) -> None:
+        """Writes all that the steps to come depend on."""
+        values = {
+            **{name: getattr(self, name) for name in _VALUES},
+            "history": [asdict(step) for step in self.history],
         }
-        self.of_choice = [(choice, tables.pop(choice.name)) for choice in choices]
-        self.fixed = sum((table[:, 0] for table in tables.values()), like.new_zeros(len(constraints)))
+        save_state(self.options.checkpoint or "", self.gm, self.optimizers, values)
 
-    def __call__(self) -> Tensor:
-        """One share for each constraint, (constraints,)."""
-        return sum((table @ choice.probabilities() for choice, table in self.of_choice), self.fixed)
+    def resume(self) -> None:
+        """Goes on from what `save` wrote."""
+        values = load_state(self.options.checkpoint or "", self.gm, self.optimizers, {"steps": self.steps})
+        values["history"] = list(map(SearchStep.from_dict, values["history"]))
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def _trajectory(self) -> dict[str, dict[str, Any]]:
+        """Logits and expected bits of every choice and operand, by name."""
+        items = self.mixtures.items()
+        return {
+            "logits": {name: tuple(mixture.logits.tolist()) for name, mixture in items},
+            "bits": {name: float(mixture.expected_bits().detach()) for name, mixture in items},
+        }

@@ -26,6 +26,7 @@ Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[Any]  # int64, or Python integers where 64 bits are too few
 
 MAX_STATES = 1_000_000  # partial allocations in one pass of the dynamic program: about half a second
+LEVELS = 16  # of a cost, up to which cheaper allocations are looked for
 SOLVER_SECONDS = 20.0
 
 
@@ -262,14 +263,25 @@ def _search(problem: _Problem, prices: Floats, shortfalls: Floats, radius: float
 def _undominated(used: Integers, score: Floats, states: NDArray[np.intp]) -> NDArray[np.intp]:
     """The given states, cheapest first, without those whose score another one reaches at no more cost.
 
-    Under several constraints only states of equal costs are compared: comparing all takes too long.
+    Under several constraints not every such state is found, for comparing all takes too long: a state is compared with
+    the best of all that are cheaper by the first constraint and stay below one of some levels by the others.
     """
     states = states[np.lexsort((-score[states], *used[states].T[::-1]))]
+    used, score = used[states], score[states]
     kept = np.ones(len(states), dtype=bool)
     if used.shape[1] == 1:
-        kept[1:] = score[states][1:] > np.maximum.accumulate(score[states])[:-1]
-    else:
-        kept[1:] = (used[states][1:] != used[states][:-1]).any(axis=1)
+        kept[1:] = score[1:] > np.maximum.accumulate(score)[:-1]
+        return states[kept]
+    if not len(states):
+        return states
+    kept[1:] = (used[1:] < used[:-1]).any(axis=1) | (score[1:] > score[:-1])
+    others = used[:, 1:]
+    levels = np.sort(others, axis=0)[len(states) * np.arange(1, LEVELS) // LEVELS]
+    highest = np.sum([(others >= level).all(axis=1) for level in levels], axis=0) - 1
+    for index, level in enumerate(levels):
+        best = np.maximum.accumulate(np.where((others <= level).all(axis=1), score, -np.inf))
+        above = np.flatnonzero(highest[1:] == index) + 1
+        kept[above] &= score[above] > best[above - 1]
     return states[kept]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `saq-fx report | demo`."""
+"""The command line: `saq-fx report | train | demo`."""
 
 import sys
 from pathlib import Path
@@ -35,6 +35,34 @@ def _app() -> "typer.Typer":
     ) -> None:
         """Print what every layer of a model costs: MACs, bits, BitOps, bytes."""
         print(_report(model, shape, precision, policy, format))
+
+    @app.command()
+    def train(
+        model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, hf:TYPE or path/to/file.py:FACTORY")],
+        data: Annotated[str, typer.Option(help="digits, or {cifar10,cifar100,imagenet,flowers102,pets}:FOLDER")],
+        folder: Annotated[Path, typer.Option(help="For checkpoints, logs, report and the trained model.")],
+        precision: Annotated[str | None, typer.Option(help="W4A4, the default, or that of --paper.")] = None,
+        policy: Annotated[Path | None, typer.Option(help="A policy file; overrides --precision.")] = None,
+        weights: Annotated[Path | None, typer.Option(help="The float model's state dict (torch.save).")] = None,
+        paper: Annotated[str, typer.Option(help="Settings of the SAQ paper: resnet18:4 and the like.")] = "",
+        epochs: Annotated[int | None, typer.Option(help="Instead of the settings' own.")] = None,
+        lr: Annotated[float | None, typer.Option(help="Instead of the settings' own.")] = None,
+        rho: Annotated[float | None, typer.Option(help="Instead of the settings' own.")] = None,
+        batch: Annotated[int | None, typer.Option(help="Images per step of all processes.")] = None,
+        offsets: Annotated[bool, typer.Option(help="Learned offsets of all activations (MobileNetV2).")] = False,
+        mixed_precision: Annotated[str | None, typer.Option(help="bf16, fp16 or no.")] = None,
+        workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+        seed: Annotated[int, typer.Option(help="Of initial weights and the order of images.")] = 0,
+    ) -> None:
+        """Train a quantized model by SAQ; the same command goes on with an interrupted run. Takes torchrun."""
+        from saq_fx.train_command import Run, train
+
+        changes = {"epochs": epochs, "lr": lr, "rho": rho, "batch_size": batch}
+        train(
+            Run(
+                model, data, folder, precision, policy, weights, paper, changes, offsets, mixed_precision, workers, seed
+            )
+        )
 
     @app.command()
     def demo(

@@ -8,7 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import cached_property
@@ -139,6 +139,16 @@ class CostTable:
     def uniform(self, precision: Precision) -> dict[str, Precision]:
         """The assignment of one precision to every layer that is not pinned."""
         return {layer.name: layer.effective(layer.pinned or precision) for layer in self}
+
+    def regrouped(self, group_of: Mapping[str, str]) -> "CostTable":
+        """The same layers in other groups: layer name -> group. Layers of a pinned group, or not named, stay."""
+        free = {group for group, found in self.groups.items() if all(layer.pinned is None for layer in found)}
+        return CostTable(
+            tuple(
+                replace(layer, group=group_of[layer.name]) if layer.group in free and layer.name in group_of else layer
+                for layer in self
+            )
+        )
 
     def choices(self, candidates: Candidates) -> dict[str, tuple[Precision, ...]]:
         """What every group can be, in the order of `groups`.

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saq_fx.checkpoint import save
-from saq_fx.data import Images, digits
+from saq_fx.data import Images, accuracy, digits
 from saq_fx.graph import SaqGraphModule
 from saq_fx.networks import SmallResNet
+from saq_fx.parameters import parameter_groups
 from saq_fx.plots import plot_bits
 from saq_fx.precision import Budget, write_whole
 from saq_fx.prepare import apply_policy, prepare_saq
 from saq_fx.report import PrecisionReport, precision_report
 from saq_fx.search import search_precision
-from saq_fx.training import SAQ, parameter_groups
+from saq_fx.training import SAQ
 
 _TRAINING_IMAGES = 300  # so few that precision shows in the accuracy
 _BATCH = 50
@@ -135,13 +136,5 @@ def _train(
         schedule.step()
 
 
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Share of images classified rightly, in percent."""
-    model.eval()
-    with torch.no_grad():
-        hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in images.batches(256))
-    return 100.0 * hits / len(images)
-
-
 def _result(name: str, model: nn.Module, report: PrecisionReport, test: Images) -> Result:
-    return Result(name, accuracy(model, test), report.total_bitops, report.total_weight_bytes)
+    return Result(name, accuracy(model, test.batches(256)), report.total_bitops, report.total_weight_bytes)

@@ -61,6 +61,15 @@ class SaqGraphModule(fx.GraphModule):
             owner, _, name = path.rpartition(".")
             self.get_submodule(owner)._non_persistent_buffers_set.add(name)
 
+    def recompile(self) -> Any:
+        """Generates the code anew, also of a graph whose class something was put around."""
+        code = super().recompile()
+        outer, *bases = type(self).__mro__
+        if any("_wrapped_call" in vars(base) for base in bases):
+            # fully_shard put a class around fx's own: two such calls, one in the other, would never end.
+            del outer.__call__, outer._wrapped_call  # type: ignore[attr-defined]
+        return code
+
     def state_tensor_names(self) -> set[str]:
         """Names of all parameters and buffers, every alias of a tied one included."""
         parameters = (name for name, _ in self.named_parameters(remove_duplicate=False))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,16 +17,50 @@ from saq_fx.quantizers import (
     ClipWeightQuantizer,
     Quantizer,
     StepQuantizer,
-    centered,
     clip_activation,
     clip_weight,
+    deviation,
+    guarded,
     integer_range,
     lsq,
     lsq_plus,
 )
 
-_BLOCK = 2**17
+_BLOCK = 2**16
 """Elements that are worked on together: few enough for the cache of a core, enough to hide the cost of a call."""
+
+
+class HeldMixture:
+    """What a mixture gave at the first of several passes: a leaf that the others see too, and that may be moved.
+
+    So a step with two passes mixes once, and its gradients go back through the mixture once. The leaf and its
+    gradient keep their memory from step to step, for new memory costs more than the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self.leaf: Tensor | None = None
+        self.mixed: Tensor | None = None
+
+    def first_of(self, mixture: "MixtureQuantizer", x: Tensor) -> Tensor:
+        """The leaf, of the value that the mixture of `x` had when this was first asked since `release`."""
+        if self.mixed is None:
+            memory = self.leaf
+            fits = memory is not None and (memory.shape, memory.dtype, memory.device) == (x.shape, x.dtype, x.device)
+            # Without the hooks of activation checkpointing, since what it runs again finds the mixture held.
+            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+                self.mixed = mixture.mix(x, memory.detach() if memory is not None and fits else None)
+            if memory is None or self.mixed.data_ptr() != memory.data_ptr():
+                self.leaf = self.mixed.detach().requires_grad_()
+        assert self.leaf is not None
+        return self.leaf
+
+    def release(self) -> None:
+        """The next forward mixes anew."""
+        self.mixed = None
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class MixtureQuantizer(nn.Module):
@@ -52,6 +87,7 @@ class MixtureQuantizer(nn.Module):
         self.quantizers = nn.ModuleList(quantizers)
         self.logits = logits
         self.temperature = 1.0
+        self.held: HeldMixture | None = None
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -68,9 +104,13 @@ class MixtureQuantizer(nn.Module):
         return (probabilities * probabilities.new_tensor(self.candidates)).sum()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mixture of the quantized tensors, of the shape and type of `x`."""
+        """The mixture of the quantized tensors, of the shape and type of `x`; what is held of it, if anything."""
+        return self.mix(x) if self.held is None else self.held.first_of(self, x)
+
+    def mix(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """The mixture of the quantized tensors; written to `memory`, of the shape and type of `x`, where possible."""
         if self._mixes_by_blocks(x):
-            return self._mix_by_blocks(x)
+            return self._mix_by_blocks(x, memory)
         weights = self.probabilities().to(x.dtype)
         first, *others = self.quantizers
         mixed: Tensor = weights[0] * first(x)
@@ -86,22 +126,25 @@ class MixtureQuantizer(nn.Module):
             and x.is_cpu
             and x.dtype == level.dtype
             and x.dtype in (torch.float, torch.double)
-            and level.dim() == 0
+            and level.numel() == 1
         )
 
-    def _mix_by_blocks(self, x: Tensor) -> Tensor:
+    def _mix_by_blocks(self, x: Tensor, memory: Tensor | None) -> Tensor:
         quantizers: list[Any] = list(self.quantizers)
         for quantizer in quantizers:
             if not quantizer.initialized:
                 quantizer.initialize(x.detach())
-        levels = torch.stack([quantizer.guarded_level() for quantizer in quantizers])
+        smallest = torch.cat([quantizer.smallest_level for quantizer in quantizers])
+        levels = guarded(torch.cat([quantizer.level for quantizer in quantizers]), smallest)
+        center = 0.0
         if getattr(quantizers[0], "normalize", False):
-            x, std = centered(x)
+            mean = x.detach().mean()
+            center, std = float(mean), deviation(torch.sub(x.detach(), mean, out=memory))
             levels = levels * std
         offset = getattr(quantizers[0], "offset", None)
-        offsets = None if offset is None else torch.stack([quantizer.offset for quantizer in quantizers])
+        offsets = None if offset is None else torch.cat([quantizer.offset for quantizer in quantizers])
         grids = tuple(_Grid.of(quantizer) for quantizer in quantizers)
-        mixed: Tensor = _Mix.apply(x, self.probabilities(), levels, offsets, grids)
+        mixed: Tensor = _Mix.apply(x, self.probabilities(), levels, offsets, center, grids, memory)
         return mixed
 
     def extra_repr(self) -> str:
@@ -143,13 +186,13 @@ class _Grid(NamedTuple):
 
 
 class _Mix(torch.autograd.Function):
-    """`sum_b p_b Q_b(x)` with levels per tensor; the gradients are those of the sum.
+    """`sum_b p_b Q_b(x - center)` with levels per tensor; the gradients are those of the sum.
 
     With sums over all elements, `inside` those where candidate b passes gradients, and K_b = sum g k_b:
 
         V_b = sum g (Q_b - offset_b) = level_b (K_b - zero_b sum g)/density_b
         dL/dp_b = V_b + offset_b sum g
-        dL/dlevel_b = p_b (V_b - sum_inside g (x - offset_b))/level_b
+        dL/dlevel_b = p_b (V_b - sum_inside g (x - center - offset_b))/level_b
         dL/doffset_b = p_b (sum g - sum_inside g)
 
     so that one pass over blocks of x and g gives all of them. `x/level` is computed as `x (1/level)`: a value within
@@ -158,20 +201,26 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, probabilities: Tensor, levels: Tensor, offsets: Tensor | None, grids: tuple[_Grid, ...]
+        x: Tensor,
+        probabilities: Tensor,
+        levels: Tensor,
+        offsets: Tensor | None,
+        center: float,
+        grids: tuple[_Grid, ...],
+        memory: Tensor | None,
     ) -> Tensor:
-        candidates = _candidates(probabilities, levels, offsets, grids)
-        constant = sum(each.weight * each.offset - each.slope * each.grid.zero for each in candidates)
-        mixed = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for block, mixed_block, codes, _ in _blocks(x, mixed):
-            mixed_block.fill_(constant)
-            for candidate in candidates:
-                mixed_block.add_(candidate.codes(block, codes), alpha=candidate.slope)
+        candidates = _Candidates.of(probabilities, levels, offsets, center, grids)
+        slopes = levels.new_tensor(candidates.slopes)
+        constant = levels.new_tensor(candidates.constant())
+        mixed = torch.empty_like(x, memory_format=torch.contiguous_format) if memory is None else memory.detach()
+        for codes, block, mixed_block in _blocks(len(grids), x, mixed):
+            candidates.write_codes(block, codes)
+            torch.addmv(constant.expand(len(block)), codes.T, slopes, out=mixed_block)
         return mixed
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.grids = inputs
+        *tensors, ctx.center, ctx.grids, _ = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -179,21 +228,24 @@ class _Mix(torch.autograd.Function):
         x, probabilities, levels, offsets = ctx.saved_tensors
         if torch.is_grad_enabled():
             # The gradients are to be differentiated again.
-            return *_differentiable_gradients(grad, ctx.grids, x, probabilities, levels, offsets), None
-        candidates = _candidates(probabilities, levels, offsets, ctx.grids)
+            tensors = x - ctx.center, probabilities, levels, offsets
+            return *_differentiable_gradients(grad, ctx.grids, *tensors), None, None, None
+        candidates = _Candidates.of(probabilities, levels, offsets, ctx.center, ctx.grids)
+        edges = _edges(levels, offsets, ctx.center, ctx.grids)
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        for block, grad_block, grad_x_block, codes, inside in _blocks(x, grad, grad_x):
-            grad_x_block.zero_()
-            for each in candidates:
-                each.sum_codes += float(grad_block.dot(each.codes(block, codes)))
-                grad_x_block.add_(each.inside(grad_block, block, inside), alpha=each.weight)
-                each.sum_inside_x += float(inside.dot(block))
-                if offsets is not None:
-                    each.sum_inside += float(inside.sum())
-        total = float(grad.sum())
-        gradients = zip(*(each.gradients(total, x.numel()) for each in candidates), strict=True)
+        sums = []
+        for work, block, grad_block, grad_x_block in _blocks(len(edges), x, grad, grad_x):
+            candidates.write_codes(block, work)
+            of_codes = work.mv(grad_block)
+            for (low, high), inside in zip(edges, work.unbind(), strict=True):
+                # A comparison and a product would take four times as long.
+                torch.ops.aten.hardtanh_backward.grad_input(grad_block, block, low, high, grad_input=inside)
+            torch.mv(work.T, probabilities, out=grad_x_block)
+            sums.append(torch.stack([of_codes, work.sum(1), work.mv(block)]))
+        totals = torch.stack(sums).sum(0, dtype=torch.double).tolist()
+        gradients = candidates.gradients(totals, float(grad.sum()), x.numel())
         of_probabilities, of_levels, of_offsets = (levels.new_tensor(each) for each in gradients)
-        return grad_x, of_probabilities, of_levels, None if offsets is None else of_offsets, None
+        return grad_x, of_probabilities, of_levels, None if offsets is None else of_offsets, None, None, None
 
 
 def _differentiable_gradients(
@@ -210,78 +262,92 @@ def _differentiable_gradients(
     return gradients if offsets is not None else (*gradients, None)
 
 
-@dataclass
-class _Candidate:
-    """One candidate in numbers, and the sums over blocks that its gradients need.
+@dataclass(frozen=True)
+class _Candidates:
+    """The candidates in numbers: `k = round(clamp(rate x + shift, *code_range))` of each."""
 
-    `k = round(clamp(rate x + shift, *code_range))`, and the gradient passes where `edges[0] < x < edges[1]`.
+    grids: tuple[_Grid, ...]
+    weights: list[float]
+    levels: list[float]
+    offsets: list[float]
+    origins: list[float]
+    rates: list[float]
+    shifts: Tensor
+    code_ranges: list[tuple[float, float]]
+
+    @classmethod
+    def of(
+        cls, probabilities: Tensor, levels: Tensor, offsets: Tensor | None, center: float, grids: tuple[_Grid, ...]
+    ) -> "_Candidates":
+        numbers, offset = levels.tolist(), [0.0] * len(grids) if offsets is None else offsets.tolist()
+        rates = [grid.density / level for grid, level in zip(grids, numbers, strict=True)]
+        origins = [center + each for each in offset]
+        shifts = [grid.zero - rate * origin for grid, rate, origin in zip(grids, rates, origins, strict=True)]
+        ranges = [(each.low * each.density + each.zero, each.high * each.density + each.zero) for each in grids]
+        return cls(grids, probabilities.tolist(), numbers, offset, origins, rates, levels.new_tensor(shifts), ranges)
+
+    @property
+    def slopes(self) -> list[float]:
+        """What one step of each candidate's codes adds to the mixture."""
+        return [weight / rate for weight, rate in zip(self.weights, self.rates, strict=True)]
+
+    def constant(self) -> float:
+        """The mixture where all codes are 0."""
+        columns = self.weights, self.offsets, self.slopes, self.grids
+        return sum(w * offset - slope * grid.zero for w, offset, slope, grid in zip(*columns, strict=True))
+
+    def write_codes(self, x: Tensor, out: Tensor) -> None:
+        """The codes of a flat x, (candidates, elements)."""
+        for codes, shift, rate, ends in zip(out.unbind(), self.shifts, self.rates, self.code_ranges, strict=True):
+            torch.add(shift, x, alpha=rate, out=codes).clamp_(*ends)
+        out.round_()
+
+    def gradients(
+        self, sums: list[list[float]], total: float, numel: int
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Of the probabilities, the levels and the offsets, given what `_Mix.backward` sums, and the gradient's sum."""
+        sum_codes, sum_inside, sum_inside_x = sums
+        of_probabilities, of_levels, of_offsets = [], [], []
+        for b, grid in enumerate(self.grids):
+            value = (sum_codes[b] - grid.zero * total) / self.rates[b]
+            scale = self.weights[b] * grid.gradient_scale(numel)
+            passed = sum_inside_x[b] - self.origins[b] * sum_inside[b]
+            of_probabilities.append(value + self.offsets[b] * total)
+            of_levels.append(scale * (value - passed) / self.levels[b])
+            of_offsets.append(scale * (total - sum_inside[b]))
+        return of_probabilities, of_levels, of_offsets
+
+
+def _edges(
+    levels: Tensor, offsets: Tensor | None, center: float, grids: tuple[_Grid, ...]
+) -> list[tuple[float, float]]:
+    """For each candidate, the last number below and the first above those whose gradient passes.
+
+    Data that fits its grid exactly lies at the ends, so `low level + offset` is not enough: it may be some ulps off
+    what the quantizer by itself, which subtracts first and divides by the level, decides.
     """
-
-    grid: _Grid
-    weight: float
-    level: float
-    offset: float
-    edges: tuple[float, float]
-    shift: Tensor
-    sum_codes: float = 0.0
-    sum_inside: float = 0.0
-    sum_inside_x: float = 0.0
-
-    def __post_init__(self) -> None:
-        grid = self.grid
-        self.rate = grid.density / self.level
-        self.slope = self.weight / self.rate
-        self.code_range = (grid.low * grid.density + grid.zero, grid.high * grid.density + grid.zero)
-
-    def codes(self, x: Tensor, out: Tensor) -> Tensor:
-        return torch.add(self.shift, x, alpha=self.rate, out=out).clamp_(*self.code_range).round_()
-
-    def inside(self, grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """`grad` where it passes, else 0; a comparison and a product would take four times as long."""
-        passed: Tensor = torch.ops.aten.hardtanh_backward.grad_input(grad, x, *self.edges, grad_input=out)
-        return passed
-
-    def gradients(self, total: float, numel: int) -> tuple[float, float, float]:
-        """Of the probability, the level and the offset, given the sum of the gradient."""
-        value = (self.sum_codes - self.grid.zero * total) / self.rate
-        scale = self.weight * self.grid.gradient_scale(numel)
-        of_level = scale * (value - self.sum_inside_x + self.offset * self.sum_inside) / self.level
-        return value + self.offset * total, of_level, scale * (total - self.sum_inside)
-
-
-def _candidates(
-    probabilities: Tensor, levels: Tensor, offsets: Tensor | None, grids: tuple[_Grid, ...]
-) -> list[_Candidate]:
-    level, offset = levels.tolist(), [0.0] * len(grids) if offsets is None else offsets.tolist()
-    shifts = [grid.zero - grid.density / s * o for grid, s, o in zip(grids, level, offset, strict=True)]
-    columns = grids, probabilities.tolist(), level, offset, _edges(levels, offsets, grids), levels.new_tensor(shifts)
-    return [_Candidate(*each) for each in zip(*columns, strict=True)]
-
-
-def _edges(levels: Tensor, offsets: Tensor | None, grids: tuple[_Grid, ...]) -> list[tuple[float, float]]:
-    """The last number below and the first above those whose gradient passes.
-
-    Data that fits its grid exactly lies at the ends, so `low level + offset` is not enough: it may be an ulp off what
-    the quantizer by itself, which divides by the level, decides.
-    """
-    low, high = levels.new_tensor([(grid.low, grid.high) for grid in grids]).T
-    offsets = torch.zeros_like(levels) if offsets is None else offsets
-    infinity = levels.new_tensor(torch.inf)
-    lower, upper = (
-        torch.stack([edge.nextafter(-infinity), edge, edge.nextafter(infinity)])
-        for edge in (levels * low + offsets, levels * high + offsets)
-    )
-    at_lower, at_upper = (lower - offsets) / levels, (upper - offsets) / levels
+    # By numpy, whose calls on a handful of numbers take a third of torch's.
+    ends = np.array([(grid.low, grid.high) for grid in grids], levels.detach().numpy().dtype).T
+    scale, shift = levels.detach().numpy(), np.zeros_like(ends[0]) if offsets is None else offsets.detach().numpy()
+    near = [(ends * scale + shift + ends.dtype.type(center))]
+    for _ in range(4):
+        near = [
+            np.nextafter(near[0], -np.inf, dtype=ends.dtype),
+            *near,
+            np.nextafter(near[-1], np.inf, dtype=ends.dtype),
+        ]
+    edges = np.stack(near)
+    at = (edges - ends.dtype.type(center) - shift) / scale
     closed = grids[0].closed
-    below, above = (at_lower < low, at_upper > high) if closed else (at_lower <= low, at_upper >= high)
-    lower, upper = lower.where(below, -torch.inf).amax(0), upper.where(above, torch.inf).amin(0)
+    under, over = (at < ends, at > ends) if closed else (at <= ends, at >= ends)
+    lower = np.where(under, edges, -np.inf)[:, 0].max(0)
+    upper = np.where(over, edges, np.inf)[:, 1].min(0)
     return list(zip(lower.tolist(), upper.tolist(), strict=True))
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Flat blocks of tensors of one shape, and two blocks of working memory that all of them share."""
+def _blocks(candidates: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Working memory, (candidates, elements), which all blocks share, and flat blocks of tensors of one shape."""
     flat = [tensor.reshape(-1) for tensor in tensors]
-    memory = flat[0].new_empty(2, min(_BLOCK, flat[0].numel()))
-    for start in range(0, flat[0].numel(), _BLOCK):
-        blocks = [each[start : start + _BLOCK] for each in flat]
-        yield *blocks, *memory[:, : len(blocks[0])]
+    work = flat[0].new_empty(candidates, min(_BLOCK, flat[0].numel()))
+    for blocks in zip(*(torch.split(each, _BLOCK) for each in flat), strict=True):
+        yield work[:, : len(blocks[0])], *blocks

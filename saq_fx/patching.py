@@ -1,5 +1,6 @@
 """What is changed in torch while a model is traced, and only then."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -31,6 +32,8 @@ def _recording_factories(tracer: fx.Tracer) -> Iterator[None]:
     A graph cannot hold the scope of an autocast; it runs under the caller's. Nor can it hold a checkpoint, whose
     module therefore stays Python code.
     """
+    # torch.compile keeps tables of torch's functions from when it is imported, which a model may do: not from here.
+    importlib.import_module("torch._dynamo")
     originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_ALWAYS_RECORDED, "autocast")}
     for name in (*_FACTORIES, *_ALWAYS_RECORDED):
         setattr(torch, name, _recorded(originals[name], tracer if name in _ALWAYS_RECORDED else None))

@@ -197,8 +197,7 @@ class Quantizer(nn.Module):
 
     def guarded_level(self) -> Tensor:
         """The level, at least the smallest; the gradient passes all the same, so that it can grow again."""
-        passing = self.level - self.level.detach()  # zero, with the level's gradient
-        return self.level.where(self.level >= self.smallest_level, self.smallest_level + passing)
+        return guarded(self.level, self.smallest_level)
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized tensor, of the shape and type of `x`."""
@@ -211,6 +210,10 @@ class Quantizer(nn.Module):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Quantizes by the current levels."""
+        raise NotImplementedError
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The integers that stand for the quantized values, of the shape of `x`."""
         raise NotImplementedError
 
     def fit(self, x: Tensor, method: str) -> None:
@@ -297,6 +300,15 @@ class ClipWeightQuantizer(Quantizer):
         x, std = centered(x)
         return clip_weight(x, level * std, self.bits)
 
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """0 to 2**bits - 1."""
+        level = _per_channel(self.guarded_level(), x, self.channel_axis)
+        if self.normalize:
+            level = level * centered(x)[1]
+        codes: Tensor = (self.quantize(x) / level + 1) * ((2**self.bits - 1) / 2)
+        return codes.round().int()
+
     def fit(self, x: Tensor, method: str) -> None:
         """One level for the tensor or for each channel."""
         if self.normalize:
@@ -326,13 +338,19 @@ class ClipActivationQuantizer(Quantizer):
         """SAQ Eq. 1-2."""
         return clip_activation(x, self.guarded_level(), self.bits)
 
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """0 to 2**bits - 1."""
+        codes: Tensor = self.quantize(x) / self.guarded_level() * (2**self.bits - 1)
+        return codes.round().int()
+
     def fit(self, x: Tensor, method: str) -> None:
         """One level for the tensor."""
         rows = _rows(x, self.clipping_level, 0)
         levels = _fit_level(
             rows.clamp_min(0), method, lambda level: _ClipActivation.forward(rows, level, self.bits), rows
         )
-        self.clipping_level.copy_(levels.reshape(()))
+        self.clipping_level.copy_(levels.reshape(self.clipping_level.shape))
 
 
 class StepQuantizer(Quantizer):
@@ -368,6 +386,14 @@ class StepQuantizer(Quantizer):
         offset = _per_channel(self.offset, x, self.channel_axis)
         return lsq_plus(x, step, offset, self.bits, self.signed)
 
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Within `integer_range`."""
+        quantized = self.quantize(x)
+        if self.offset is not None:
+            quantized = quantized - _per_channel(self.offset, x, self.channel_axis)
+        return (quantized / _per_channel(self.guarded_level(), x, self.channel_axis)).round().int()
+
     def fit(self, x: Tensor, method: str) -> None:
         """One step (and offset) for the tensor or for each channel."""
         rows = _rows(x, self.step, self.channel_axis)
@@ -399,7 +425,14 @@ def _checked_bits(bits: int) -> int:
 
 
 def _ones(channels: int | None, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    return torch.ones(() if channels is None else (channels,), device=device, dtype=dtype)
+    # One level has an axis too: sharding (FSDP2) refuses parameters without.
+    return torch.ones(channels or 1, device=device, dtype=dtype)
+
+
+def guarded(level: Tensor, smallest: Tensor) -> Tensor:
+    """The level, at least the smallest; the gradient passes all the same."""
+    passing = level - level.detach()  # zero, with the level's gradient
+    return level.where(level >= smallest, smallest + passing)
 
 
 def centered(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -408,19 +441,24 @@ def centered(x: Tensor) -> tuple[Tensor, Tensor]:
     On CPUs ten times as fast as `torch.std_mean`.
     """
     x = x - x.detach().mean()
-    std = torch.linalg.vector_norm(x.detach()) / math.sqrt(max(1, x.numel() - 1))
-    return x, std.clamp_min(torch.finfo(x.dtype).tiny)
+    return x, deviation(x.detach())
+
+
+def deviation(centered: Tensor) -> Tensor:
+    """The standard deviation of a tensor whose mean is 0; never 0 itself."""
+    std: Tensor = torch.linalg.vector_norm(centered) / math.sqrt(max(1, centered.numel() - 1))
+    return std.clamp_min(torch.finfo(centered.dtype).tiny)
 
 
 def _per_channel(level: Tensor, x: Tensor, axis: int) -> Tensor:
-    if level.dim() == 0:
+    if level.numel() == 1:
         return level
     return level.reshape([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
 
 
 def _rows(x: Tensor, level: Tensor, axis: int) -> Tensor:
     """(levels, elements that share one), evenly thinned out where they are many, in single precision at least."""
-    rows = x.reshape(1, -1) if level.dim() == 0 else x.movedim(axis, 0).flatten(1)
+    rows = x.reshape(1, -1) if level.numel() == 1 else x.movedim(axis, 0).flatten(1)
     stride = max(1, x.numel() // _INITIALISATION_SAMPLES)
     return rows[:, ::stride].to(torch.promote_types(level.dtype, torch.float32))
 

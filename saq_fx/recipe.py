@@ -21,6 +21,8 @@ class Recipe:
         per_channel: one clipping level per output channel of each weight, instead of one per tensor.
         normalize_weights: standardise the weights of convolutions that a BatchNorm follows before quantization ("clip"
             only; APoT, SAQ Sec. 5). It conditions the clipping level; what it takes away, BatchNorm gives back.
+        activation_offsets: give every activation a learned offset, LSQ+, not only those that can be negative (the
+            paper's MobileNetV2, SAQ Appendix A).
         calibration: how initial clipping levels are set: "mse", "max" or "percentile".
         first_last: precision of the first and last layers; None pins none of them.
         embeddings: quantize embedding tables too, as layers without MACs. They stay in float otherwise: SAQ quantizes
@@ -34,6 +36,7 @@ class Recipe:
     scheme: str | None = None
     per_channel: bool = False
     normalize_weights: bool = True
+    activation_offsets: bool = False
     calibration: str = "mse"
     first_last: Precision | None = field(default_factory=lambda: Precision(8, 8))
     embeddings: bool = False

@@ -1,219 +1,27 @@
 """Mixed-precision search under a hard budget: one search, scores for every choice, a policy for any budget."""
 
 import copy
-import json
 import logging
-import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
-from saq_fx.allocation import allocate_under, frontier
-from saq_fx.cost import CostTable, budget_constraints, cost_table, feasible_range
-from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, SaqError
+from saq_fx.choices import choices
+from saq_fx.cost import cost_table
+from saq_fx.errors import PrecisionError
 from saq_fx.graph import SaqGraphModule
-from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pipeline, check_facts
-from saq_fx.passes.relax_precision import CANDIDATES, RelaxPrecision, choices
+from saq_fx.passes.relax_precision import CANDIDATES, OPERANDS, RelaxPrecision
 from saq_fx.passes.search_asga import Batch, LossFunction, SearchAsga, SearchStep
-from saq_fx.precision import Budget, Policy, Precision, write_whole
-from saq_fx.shapes import evaluating
-from saq_fx.tracing import split_inputs
+from saq_fx.precision import Budget
+from saq_fx.search_result import Budgets, ScoredChoice, SearchResult
 
 _LOGGER = logging.getLogger(__name__)
-_FORMAT = "saq_fx.search"
-_VERSION = 1
 
-Budgets = Budget | str | Sequence[Budget | str]
-Candidates = Sequence[int] | Mapping[str, Sequence[int]]
-
-
-@dataclass(frozen=True)
-class ScoredChoice:
-    """What the layers of one group can be, and the score of each precision: the loss it saves, to first order."""
-
-    group: str
-    layers: tuple[str, ...]
-    precisions: tuple[Precision, ...]
-    scores: tuple[float, ...]
-
-    def without(self, precision: Precision) -> "ScoredChoice":
-        """The same choice with one precision less."""
-        scores = {each: score for each, score in zip(self.precisions, self.scores, strict=True) if each != precision}
-        return replace(self, precisions=tuple(scores), scores=tuple(scores.values()))
-
-
-Scored = Mapping[str, ScoredChoice]
-
-
-@dataclass(frozen=True)
-class FrontierPoint:
-    """One efficient policy: its total BitOps and its score, in loss saved."""
-
-    bitops: float
-    score: float
-    policy: Policy
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """Scores of a search, from which the best policy under any budget follows in milliseconds.
-
-    `costs` are those of the network that was searched; `history` has one entry for each step.
-    """
-
-    budgets: tuple[Budget, ...]
-    choices: tuple[ScoredChoice, ...]
-    costs: CostTable
-    history: tuple[SearchStep, ...] = ()
-
-    @cached_property
-    def policy(self) -> Policy:
-        """The best policy under the search's own budget; it names every layer."""
-        return self.policy_for(self.budgets)
-
-    def policy_for(self, budget: Budgets, costs: CostTable | None = None) -> Policy:
-        """The best policy under another budget, or for another network whose layers have the same names.
-
-        Args:
-            costs: of the other network, from `cost_table`; None for the one that was searched.
-
-        Raises:
-            InfeasibleBudgetError: with the smallest feasible figure.
-            PatternError: layers of the other network that the search did not score.
-        """
-        costs = self.costs if costs is None else costs
-        scored = self._scored_groups(costs)
-        return _policy(costs, scored, _solve(budget, costs, scored))
-
-    def frontier(self, costs: CostTable | None = None) -> list[FrontierPoint]:
-        """The efficient policies between the cheapest and the best, by total BitOps (upper convex hull)."""
-        costs = self.costs if costs is None else costs
-        scored = self._scored_groups(costs)
-        bitops = [
-            [float(sum(layer.bitops(precision) for layer in costs.groups[group])) for precision in precisions]
-            for group, precisions in costs.choices(_precisions(scored)).items()
-        ]
-        corners = frontier(bitops, _scores(costs, scored))
-        return [FrontierPoint(cost, score, _policy(costs, scored, chosen)) for cost, score, chosen in corners]
-
-    def feasible_budgets(self) -> list[tuple[Budget, Budget]]:
-        """The smallest budget that can be kept and the largest that limits anything, of each kind searched under."""
-        candidates = _precisions(self._scored_groups(self.costs))
-        ranges = [feasible_range(budget, self.costs, candidates) for budget in self.budgets]
-        return [
-            (replace(budget, value=least), replace(budget, value=most))
-            for budget, (least, most) in zip(self.budgets, ranges, strict=True)
-        ]
-
-    @cached_property
-    def margins(self) -> dict[str, float]:
-        """Layer -> how sure its choice is under the search's budget, in loss.
-
-        That is what the best policy loses in score if this layer has to take another precision; infinite where the
-        budget leaves no other.
-        """
-        scored = self._scored_groups(self.costs)
-        best, margins = self._best_score(scored), {}
-        for group, choice in scored.items():
-            others = choice.without(self.policy[choice.layers[0]])
-            margins.update(dict.fromkeys(choice.layers, best - self._best_score({**scored, group: others})))
-        return margins
-
-    def _best_score(self, scored: Scored) -> float:
-        """The best total under the search's budget; minus infinity where nothing is left that keeps it."""
-        if not all(choice.precisions for choice in scored.values()):
-            return -math.inf
-        try:
-            chosen = dict(zip(self.costs.groups, _solve(self.budgets, self.costs, scored), strict=True))
-        except InfeasibleBudgetError:
-            return -math.inf
-        return math.fsum(choice.scores[chosen[group]] for group, choice in scored.items())
-
-    def _scored_groups(self, costs: CostTable) -> dict[str, ScoredChoice]:
-        """Group of `costs` -> the choice that its layers have, for all that no pin decides."""
-        of_layer = {layer: choice for choice in self.choices for layer in choice.layers}
-        scored, unknown = {}, []
-        for group, members in costs.groups.items():
-            if any(member.pinned is not None for member in members):
-                continue
-            found = next((of_layer[member.name] for member in members if member.name in of_layer), None)
-            if found is None:
-                unknown += [member.name for member in members]
-            else:
-                scored[group] = found
-        if unknown:
-            raise PatternError(
-                f"the search scored no layers {', '.join(unknown)}: policies carry over to networks whose layers have "
-                "the same names; pin the others, or search this network"
-            )
-        return scored
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the result as JSON, whole or not at all."""
-        data = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "budgets": [str(budget) for budget in self.budgets],
-            "choices": [
-                {**asdict(choice), "precisions": [str(precision) for precision in choice.precisions]}
-                for choice in self.choices
-            ],
-            "costs": json.loads(self.costs.to_json()),
-            "history": [asdict(step) for step in self.history],
-        }
-        write_whole(path, json.dumps(data, indent=1).encode())
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> "SearchResult":
-        """Reads what `save` wrote; raises CheckpointError for anything else."""
-        try:
-            data = json.loads(Path(path).read_text())
-            if data["format"] != _FORMAT or data["version"] > _VERSION:
-                raise CheckpointError(f"{path} holds {data['format']} version {data['version']}, not a search result")
-            return SearchResult(
-                budgets=tuple(map(Budget.parse, data["budgets"])),
-                choices=tuple(map(_read_choice, data["choices"])),
-                costs=CostTable.from_json(json.dumps(data["costs"])),
-                history=tuple(SearchStep(**step) for step in data["history"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, SaqError):
-                raise
-            raise CheckpointError(f"{path} is not a search result: {error!r}") from error
-
-
-def _read_choice(data: Mapping[str, Any]) -> ScoredChoice:
-    precisions = tuple(map(Precision.parse, data["precisions"]))
-    return ScoredChoice(data["group"], tuple(data["layers"]), precisions, tuple(map(float, data["scores"])))
-
-
-def _precisions(scored: Scored) -> dict[str, tuple[Precision, ...]]:
-    return {group: choice.precisions for group, choice in scored.items()}
-
-
-def _scores(costs: CostTable, scored: Scored) -> list[list[float]]:
-    return [list(scored[group].scores) if group in scored else [0.0] for group in costs.groups]
-
-
-def _solve(budget: Budgets, costs: CostTable, scored: Scored) -> list[int]:
-    """The best allocation: for each group of the cost table an index into its choices."""
-    return allocate_under(budget_constraints(budget, costs, _precisions(scored)), _scores(costs, scored))
-
-
-def _policy(costs: CostTable, scored: Scored, chosen: Sequence[int]) -> Policy:
-    layers = {}
-    for (group, options), index in zip(costs.choices(_precisions(scored)).items(), chosen, strict=True):
-        layers.update({layer.name: layer.effective(options[index]) for layer in costs.groups[group]})
-    return Policy({layer.name: layers[layer.name] for layer in costs})
+Candidates = Sequence[int] | Mapping[str, Any] | RelaxPrecision
 
 
 def search_precision(
@@ -221,129 +29,88 @@ def search_precision(
     batches: Iterable[Batch],
     loss_fn: LossFunction,
     *,
-    budget: Budgets,
+    budget: Budgets = (),
     candidates: Candidates = CANDIDATES,
     steps: int | None = None,
-    rho: float = 0.1,
-    alignment: float = 1e-3,
-    weight_lr: float = 0.02,
-    logits_lr: float = 0.02,
+    after_step: Callable[[SearchStep], None] | None = None,
+    **settings: Any,
 ) -> SearchResult:
     """Searches the bits of every layer that is not pinned by ASGA (arXiv 2505.04877); `gm` is not changed.
 
     A copy is trained with mixtures over the candidates; see `SearchAsga`. Whether the budget can be kept at all is
-    settled before, and the range of budgets that can is logged.
+    settled before, and the range of budgets that can is logged, and shown on a terminal.
 
     Args:
         batches: (inputs, targets), inputs as for `example_inputs`; iterated again where `steps` asks for more.
         loss_fn: of outputs and targets, the mean loss.
-        budget: one or several; all are kept.
-        candidates: bits to choose from; or those of "weight" and "activation" apart.
+        budget: one or several; all are kept. None at all where `beta` prices the BitOps: see `SearchAsga`.
+        candidates: bits to choose from; or a mapping: those of "weight" and "activation" apart, and those of layers by
+            pattern, `{"weight": (2, 4), "op:linear": (4, 6), "layer1.*": {"activation": (8,)}}`; or a
+            `RelaxPrecision`, which also says what shares a choice.
         steps: training steps; None for one pass over `batches`.
-        rho: first radius of the perturbation; 0 searches without it (EdMIPS).
-        alignment: how far the perturbed point is drawn back along the gradient; 0 is the plain perturbed loss.
-        weight_lr, logits_lr: learning rates of weights and clipping levels (SGD), and of logits (Adam).
+        after_step: called with what each step saw.
+        settings: further options of `SearchAsga`: `beta`, `rho`, `weight_lr`, `logits_lr`, `checkpoint` and others.
 
     Raises:
         InfeasibleBudgetError: before any training, with the smallest feasible figure.
         PrecisionError: no layer is left to choose for, or the candidates make no sense.
+        PatternError: a pattern of the candidates matches no layer that has a choice.
         TrainingError: the batches run out, or a loss is not finite.
     """
-    space = _SearchSpace(gm, budget, candidates)
+    space = SearchSpace(gm, budget, candidates)
     console = Console(stderr=True)
+    if console.is_terminal:
+        console.print("\n".join(space.feasible))
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Searching bits", total=None)
-        search = SearchAsga(
-            batches,
-            loss_fn,
-            space.budgets,
-            steps=steps,
-            rho=rho,
-            alignment=alignment,
-            weight_lr=weight_lr,
-            logits_lr=logits_lr,
-            after_step=lambda _: progress.advance(task),
-        )
-        progress.update(task, total=search.step_count())
+
+        def advance(step: SearchStep) -> None:
+            progress.update(task, total=search.step_count(), advance=1)
+            if after_step is not None:
+                after_step(step)
+
+        search = SearchAsga(batches, loss_fn, space.budgets, steps=steps, after_step=advance, **settings)
         found = search.run(space.relaxed)
     return space.result(found.scores, found.history)
 
 
-def measure_sensitivity(
-    gm: SaqGraphModule,
-    batches: Iterable[Batch],
-    loss_fn: LossFunction,
-    *,
-    budget: Budgets,
-    candidates: Candidates = CANDIDATES,
-) -> SearchResult:
-    """Scores every width of every operand by the loss that it alone costs, without training: a baseline.
+class SearchSpace:
+    """A relaxed copy of a graph, what can be chosen in it, and budgets that are known to be feasible.
 
-    All others have their widest candidate meanwhile. Arguments and errors are those of `search_precision`; the
-    batches are iterated once for each candidate of each operand.
+    Arguments and errors are those of `search_precision`.
     """
-    space = _SearchSpace(gm, budget, candidates)
-    batches = list(batches)
-
-    def loss() -> Tensor:
-        losses = []
-        for inputs, targets in batches:
-            args, kwargs = split_inputs(inputs)
-            losses.append(loss_fn(space.relaxed(*args, **kwargs), targets))
-        return torch.stack(losses).mean()
-
-    with evaluating(space.relaxed):
-        mixtures = [mixture for choice in space.choices for mixture in choice.mixtures]
-        for mixture in mixtures:
-            _select(mixture, max(mixture.candidates))
-        widest, gains = loss(), {}
-        for mixture in mixtures:
-            of_width = []
-            for bits in mixture.candidates:
-                _select(mixture, bits)
-                of_width.append(widest - loss())
-            _select(mixture, max(mixture.candidates))
-            gains[mixture] = torch.stack(of_width)
-    scores = [choice.over_pairs(torch.add, [gains[each] for each in choice.mixtures]) for choice in space.choices]
-    return space.result([tuple(each.tolist()) for each in scores])
-
-
-def _select(mixture: MixtureQuantizer, bits: int) -> None:
-    """Leaves one candidate in the mixture, and in all that share its logits."""
-    position = mixture.candidates.index(bits)
-    mixture.logits.fill_(-math.inf)[position] = 0.0
-
-
-class _SearchSpace:
-    """A relaxed copy of a graph, what can be chosen in it, and budgets that are known to be feasible."""
 
     def __init__(self, gm: SaqGraphModule, budget: Budgets, candidates: Candidates) -> None:
         check_facts(gm, frozenset({"annotations", "shapes", "quantizers"}), "a search of bits")
         self.budgets = tuple(map(Budget.parse, [budget] if isinstance(budget, Budget | str) else budget))
-        self.costs = cost_table(gm)
         self.relaxed = copy.deepcopy(gm)
-        Pipeline((_relaxation(candidates),)).run(self.relaxed)
+        Pipeline((relaxation(candidates),)).run(self.relaxed)
         self.choices = choices(self.relaxed)
         if not self.choices:
             raise PrecisionError("every layer is pinned: there is nothing to search")
+        self.costs = cost_table(gm).regrouped({layer: each.name for each in self.choices for layer in each.layers})
         unscored = self.result([(0.0,) * len(choice.precisions()) for choice in self.choices])
-        for each, (least, most) in zip(self.budgets, unscored.feasible_budgets(), strict=True):
-            _LOGGER.info("budget %s; feasible are %s to %s", each, least, most)
-        unscored.policy_for(self.budgets)
+        ranges = zip(self.budgets, unscored.feasible_budgets(), strict=False)
+        self.feasible = [f"Budget {each}; feasible are {least} to {most}" for each, (least, most) in ranges]
+        _LOGGER.info("; ".join(self.feasible))
+        unscored.policy_for(unscored.budgets)
 
     def result(self, scores: Sequence[tuple[float, ...]], history: tuple[SearchStep, ...] = ()) -> SearchResult:
-        """What the scores of every choice make."""
+        """What the scores of every choice make; without a budget, that of the best scores."""
         scored = tuple(
             ScoredChoice(choice.name, choice.layers, tuple(choice.precisions()), of_choice)
             for choice, of_choice in zip(self.choices, scores, strict=True)
         )
-        return SearchResult(self.budgets, scored, self.costs, history)
+        found = SearchResult(self.budgets, scored, self.costs, history)
+        return found if self.budgets else replace(found, budgets=(Budget.bitops(found.frontier()[-1].bitops),))
 
 
-def _relaxation(candidates: Candidates) -> RelaxPrecision:
+def relaxation(candidates: Candidates) -> RelaxPrecision:
+    """Candidates in any of their forms as the pass that makes them."""
+    if isinstance(candidates, RelaxPrecision):
+        return candidates
     if not isinstance(candidates, Mapping):
         return RelaxPrecision(tuple(candidates), tuple(candidates))
-    unknown = set(candidates) - {"weight", "activation"}
-    if unknown:
-        raise PrecisionError(f"candidates of {', '.join(sorted(unknown))}: give those of 'weight' and 'activation'")
-    return RelaxPrecision(tuple(candidates.get("weight", CANDIDATES)), tuple(candidates.get("activation", CANDIDATES)))
+    overrides = {key: bits for key, bits in candidates.items() if key not in OPERANDS}
+    weight, activation = (tuple(candidates.get(operand, CANDIDATES)) for operand in OPERANDS)
+    return RelaxPrecision(weight, activation, overrides)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -68,21 +68,61 @@ def perturbed(parameters: Tensors, directions: Tensors, scale: float) -> Iterato
             torch._foreach_copy_(parameters, saved)
 
 
+class Ascent(NamedTuple):
+    """What a perturbation moves: leaves of quantized weights and, in place, parameters; where to, and its norm."""
+
+    deltas: list[Tensor]
+    directions: list[Tensor]
+    in_place: list[Tensor]
+    in_place_directions: list[Tensor]
+    norm: float
+
+    @contextmanager
+    def climbed(self, rho: float) -> Iterator[None]:
+        """Inside, everything is moved to the distance rho; on leaving, parameters are back, bit for bit."""
+        scale = ascent_scale(self.norm, rho)
+        if self.deltas:
+            torch._foreach_add_(self.deltas, self.directions, alpha=scale)
+        with perturbed(self.in_place, self.in_place_directions, scale):
+            torch.clear_autocast_cache()  # it would go on with what the parameters were
+            yield
+        torch.clear_autocast_cache()
+
+
+def scaled_by_size(gradients: Tensors, values: Tensors) -> tuple[list[Tensor], float]:
+    """`v**2 g` and `||v g||`, of gradients g at values v (ASAM, ICML 2021, Eq. 8)."""
+    scaled = torch._foreach_mul(gradients, values)
+    return list(torch._foreach_mul(scaled, values)), float(global_norm(scaled))
+
+
+class Buffers:
+    """The buffers of a module (statistics, counters, observers) as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._owners = {owner: dict(owner._buffers) for owner in module.modules()}
+        held = [buffer for buffers in self._owners.values() for buffer in buffers.values() if buffer is not None]
+        # Nothing can write to an expanded buffer, which shares memory among its elements.
+        self._buffers = [buffer for buffer in held if 0 not in buffer.stride()]
+        self._saved = [buffer.clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Makes every buffer what it was, bit for bit."""
+        for owner, buffers in self._owners.items():
+            owner._buffers.clear()
+            owner._buffers.update(buffers)
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._saved)
+
+
 @contextmanager
 def preserve_buffers(module: nn.Module) -> Iterator[None]:
-    """On leaving, every buffer of `module` (statistics, counters, observers) is what it was, bit for bit."""
-    owners = {owner: dict(owner._buffers) for owner in module.modules()}
-    buffers = [buffer for held in owners.values() for buffer in held.values() if buffer is not None]
-    saved = [buffer.clone() for buffer in buffers]
+    """On leaving, every buffer of `module` is what it was, bit for bit."""
+    buffers = Buffers(module)
     try:
         yield
     finally:
-        for owner, held in owners.items():
-            owner._buffers.clear()
-            owner._buffers.update(held)
-        if buffers:
-            with torch.no_grad():
-                torch._foreach_copy_(buffers, saved)
+        buffers.restore()
 
 
 class RandomState:
@@ -115,7 +155,7 @@ class Eigenvalue:
 def lambda_max(
     loss: Callable[[Batch], Tensor],
     batches: Sequence[Batch],
-    parameters: Tensors,
+    parameters: Iterable[Tensor],
     *,
     iterations: int = 100,
     tolerance: float = 1e-3,
@@ -136,6 +176,7 @@ def lambda_max(
     Raises:
         TrainingError: no batches or no parameters.
     """
+    parameters = tuple(parameters)
     _check_sample(batches, parameters)
 
     def product(vector: Tensors) -> list[Tensor]:
@@ -149,7 +190,7 @@ def lambda_max(
     def shifted(vector: Tensors) -> list[Tensor]:
         return list(torch._foreach_sub(product(vector), torch._foreach_mul(vector, lowest)))
 
-    found = _power_iteration(shifted, parameters, iterations, tolerance)
+    found = _power_iteration(shifted, parameters, iterations, tolerance, shift=lowest)
     return Eigenvalue(found.value + lowest, found.residual, found.iterations)
 
 
@@ -158,12 +199,16 @@ def _power_iteration(
     like: Tensors,
     iterations: int,
     tolerance: float,
+    shift: float = 0.0,
 ) -> Eigenvalue:
-    """The eigenvalue of largest magnitude of a symmetric operator, from a fixed random start."""
+    """The eigenvalue of largest magnitude of a symmetric operator, from a fixed random start.
+
+    The residual falls below `tolerance` times the eigenvalue, with `shift` added to it.
+    """
     generator = torch.Generator().manual_seed(0)
     vector = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in like]
     value, residual, count = 0.0, float("inf"), 0
-    while count < iterations and residual > tolerance * abs(value):
+    while count < iterations and residual > tolerance * abs(value + shift):
         torch._foreach_mul_(vector, ascent_scale(float(global_norm(vector)), 1.0))
         image = product(vector)
         value = float(inner_product(vector, image))
@@ -193,7 +238,7 @@ def _hessian_product(
 def surrogate_gap(
     loss: Callable[[Batch], Tensor],
     batches: Sequence[Batch],
-    parameters: Tensors,
+    parameters: Iterable[Tensor],
     rho: float,
 ) -> float:
     """`h = L(theta + rho g/||g||) - L(theta)` of the mean loss over fixed batches (GSAM, ICLR 2022).
@@ -203,6 +248,7 @@ def surrogate_gap(
     Raises:
         TrainingError: no batches or no parameters.
     """
+    parameters = tuple(parameters)
     _check_sample(batches, parameters)
     value, gradient = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
     for batch in batches:

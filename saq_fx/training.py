@@ -2,28 +2,40 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from saq_fx.batching import Chunk, cut
 from saq_fx.errors import CheckpointError, TrainingError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.parallel import Workers, local
+from saq_fx.parameters import parameter_kinds
 from saq_fx.pass_base import Pipeline
-from saq_fx.passes.insert_perturbations import CASES, InsertPerturbations, perturbed_weights, zero_deltas
+from saq_fx.passes.insert_perturbations import (
+    CASES,
+    InsertPerturbations,
+    moved_share,
+    perturbed_weights,
+    zero_deltas,
+)
+from saq_fx.precision import FLOAT_BITS
 from saq_fx.quantizers import Quantizer
 from saq_fx.sharpness import (
+    Ascent,
+    Buffers,
     RandomState,
-    ascent_scale,
     global_norm,
     inner_product,
-    perturbed,
     preserve_buffers,
+    scaled_by_size,
 )
 
 LOSSES = ("both", "vanilla", "perturbed")
@@ -32,15 +44,19 @@ PERTURBABLE = ("bias", "norm", "clipping")
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What one step saw; the losses are 0-d tensors, and `cosine` is that of the two gradients, g_s and g.
+    """What one step saw; losses are 0-d tensors, means over the batch and over data-parallel workers.
 
-    `perturbed_loss` is None where no second pass ran; `cosine` also where a gradient is zero or not finite.
+    `cosine` is that of the two gradients g and g_s, `perturbed_gradient_norm` is ||g_s||. `moved_share` is the share of
+    quantized weights that the perturbation moved to another level, in case 2, where rounding can swallow it. These
+    are None where no second pass ran; `cosine` also where a gradient is zero.
     """
 
     loss: Tensor
     gradient_norm: float
     perturbed_loss: Tensor | None = None
+    perturbed_gradient_norm: float | None = None
     cosine: float | None = None
+    moved_share: float | None = None
     skipped: bool = False
 
     @property
@@ -60,9 +76,11 @@ class SAQ(Optimizer):
 
         opt = SAQ(gm, torch.optim.SGD(gm.parameters(), 0.02, momentum=0.9), rho=0.3)
         loss = opt.step(lambda: loss_fn(gm(x), y))
+        loss = opt.step(lambda x, y: loss_fn(gm(x), y), x, y)   # a batch that it may cut
 
     It shares `param_groups` and `state` with the base optimizer: learning-rate schedulers take either.
-    Build it before the module's first step under `torch.compile` or DDP: it adds leaves to the graph.
+    Build it before the module's first step under `torch.compile`, and after wrapping the module in DDP or sharding it
+    (FSDP2): under DDP every worker perturbs by its own gradient, under FSDP2 all by the average.
 
     Args:
         gm: a prepared model, whose quantized weights are perturbed through leaves. Weights left in float, and
@@ -74,6 +92,12 @@ class SAQ(Optimizer):
         beta: weight of the reused direction between second passes.
         losses: "both"; "vanilla" for `L(Q(w))` alone, plain quantization-aware training; or "perturbed".
         perturb: what is perturbed besides weights: "bias", "norm", "clipping" (the quantizers' parameters).
+        adaptive: perturb every value v in proportion to its size, by `rho v**2 g / ||v g||` (ASAM, ICML 2021).
+        chunk_size: samples per forward pass; the batch is cut into chunks whose gradients are accumulated, each
+            perturbed by its own (m-sharpness, SAQ Sec. 5, with m = chunk_size).
+        second_pass_fraction: share of the samples, the first ones, on which the second pass runs.
+        max_gradient_norm: what the base optimizer receives is clipped to this norm.
+        grad_scaler: scales the losses of float16 autocast; SAQ scales, unscales and updates it.
 
     Raises:
         TrainingError: an argument makes no sense, or a parameter of the optimizer is not one of `gm`.
@@ -90,29 +114,72 @@ class SAQ(Optimizer):
         beta: float = 0.7,
         losses: str = "both",
         perturb: Collection[str] = ("bias", "norm"),
+        adaptive: bool = False,
+        chunk_size: int | None = None,
+        second_pass_fraction: float = 1.0,
+        max_gradient_norm: float | None = None,
+        grad_scaler: GradScaler | None = None,
     ) -> None:
+        perturb = (perturb,) if isinstance(perturb, str) else tuple(perturb)
         _check_options(rho, case, period, beta, losses, perturb)
-        self._module, self._kinds = gm, parameter_kinds(gm)
+        _check_cuts(chunk_size, second_pass_fraction, max_gradient_norm)
+        self._module, self._kinds, self._workers = gm, parameter_kinds(gm), Workers.of(gm)
+        self._check_levels()
+        if adaptive and self._workers.sharded:
+            raise TrainingError("adaptive=True needs whole weights: it does not work with sharded parameters (FSDP2)")
+        if self._workers.has_static_graph and period == 1:
+            raise TrainingError("static_graph=True needs a synchronised pass: use a period above 1, or leave it out")
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer = base_optimizer
+        self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self.rho, self.case, self.period, self.beta = rho, case, period, beta
-        self.losses, self.perturb = losses, tuple(perturb)
+        self.losses, self.perturb, self.adaptive = losses, perturb, adaptive
+        self.chunk_size, self.second_pass_fraction = chunk_size, second_pass_fraction
+        self.max_gradient_norm = max_gradient_norm
         self.last_step: StepStatistics | None = None
         self.skipped_steps = 0
         self._steps = 0
         # Per parameter: g during a second pass, g_v from then on. The norm is 0 while there is no g_v.
         self._kept: dict[Tensor, Tensor] = {}
         self._kept_norm = 0.0
-        self._share_state()
-        graphs = [module for module in gm.modules() if isinstance(module, SaqGraphModule)]
+        graphs = _outermost_graphs(gm)
         for graph in graphs:
             Pipeline((InsertPerturbations(case),)).run(graph)
         self._weights = [weight for graph in graphs for weight in perturbed_weights(graph)]
         self._behind_quantizer = {parameter for weight in self._weights for parameter in weight.parameters}
 
-    def _share_state(self) -> None:
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
+    def _check_levels(self) -> None:
+        for name, module in self._module.named_modules():
+            unset = isinstance(module, Quantizer) and not module.initialized and module.bits != FLOAT_BITS
+            if unset and self._workers.several:
+                raise TrainingError(
+                    f"the clipping level of {name} is not set, and workers would set different ones: run "
+                    "saq_fx.calibrate(gm, batches) before the graph is wrapped"
+                )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's."""
+        base = self.__dict__.get("base_optimizer")
+        groups: list[dict[str, Any]] = self.__dict__["_own_groups"] if base is None else base.param_groups
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._own_groups = groups  # while torch's constructor checks them
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's."""
+        base = self.__dict__.get("base_optimizer")
+        return {} if base is None else base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        """Of torch's constructor: there is none yet."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TrainingError("SAQ is part of its module and cannot be copied: copy the module, and state_dict()")
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -129,32 +196,58 @@ class SAQ(Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[..., Tensor], *batch: Any) -> Tensor:  # type: ignore[override]
         """Runs one or both passes, combines the gradients and steps the base optimizer.
 
-        A step whose loss or gradients are not finite changes no parameter, and is counted in `skipped_steps`.
+        A step whose loss or gradients are not finite changes no parameter and no buffer, and is counted in
+        `skipped_steps`.
 
         Args:
-            closure: computes the loss, a 0-d tensor; it neither zeroes gradients nor calls backward.
+            closure: computes the mean loss, a 0-d tensor; it neither zeroes gradients nor calls backward.
+            batch: what the closure is called with: tensors, in any nesting, with the samples along their first axis.
+                Needed where the batch is cut (`chunk_size`, `second_pass_fraction`).
 
         Returns:
-            The unperturbed loss, detached.
+            The unperturbed loss, detached; the mean over data-parallel workers.
 
         Raises:
-            TrainingError: the closure returned no loss, or one that no trained parameter has a part in.
+            TrainingError: the closure returned no loss, or one that no trained parameter has a part in; the batch
+                cannot be cut.
         """
+        parts = cut(closure, batch, self.chunk_size, self.second_pass_fraction)
+        two_passes = self.losses != "vanilla" and (self._steps + 1) % self.period == 0
+        buffers = Buffers(self._module)
+        self.last_step = self._two_passes(parts) if two_passes else self._one_pass(parts)
         self._steps += 1
-        two_passes = self.losses != "vanilla" and self._steps % self.period == 0
-        self.last_step = self._two_passes(closure) if two_passes else self._one_pass(closure)
         if self.last_step.skipped:
+            buffers.restore()
             self._count_skipped(self.last_step)
-        else:
-            self.base_optimizer.step()
+        self._update(self.last_step.skipped)
         return self.last_step.loss
 
-    def _backward(self, closure: Callable[[], Tensor], factor: float = 1.0) -> Tensor:
-        """Leaves the gradients of `factor` times the loss in the parameters, and returns the loss."""
-        self.zero_grad()
+    def _update(self, skipped: bool) -> None:
+        """Steps the base optimizer; the scaler of float16 losses also learns of steps that are skipped."""
+        scaler, parameters = self.grad_scaler, self._parameters()
+        if scaler is not None:
+            if skipped:  # the loss alone may not have been finite, and the scaler looks at gradients
+                next(p.grad for p in parameters if p.grad is not None).fill_(math.inf)
+            scaler.unscale_(self.base_optimizer)
+        elif skipped:
+            return
+        if self.max_gradient_norm is not None and not skipped:
+            nn.utils.clip_grad_norm_(parameters, self.max_gradient_norm)
+        if scaler is None:
+            self.base_optimizer.step()
+        else:
+            scaler.step(self.base_optimizer)
+            scaler.update()
+
+    @property
+    def _loss_scale(self) -> float:
+        return 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
+
+    def _backward(self, closure: Callable[[], Tensor], factor: float) -> Tensor:
+        """Adds the gradients of `factor` times the loss to those of the parameters, and returns the loss."""
         with torch.enable_grad():
             loss = closure()
             if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
@@ -162,78 +255,137 @@ class SAQ(Optimizer):
                     "the closure must return the loss, a 0-d tensor that depends on trainable parameters; "
                     f"it returned {loss!r:.100}"
                 )
-            loss.backward(torch.full_like(loss, factor))  # type: ignore[no-untyped-call]
+            scaled = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+            scaled.backward(torch.full_like(scaled, factor))  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _with_gradient(self) -> list[nn.Parameter]:
-        parameters = [parameter for parameter in self._parameters() if parameter.grad is not None]
-        if not parameters:
+        """Parameters that the loss reached; on any worker, so that all have the same."""
+        reached = [parameter for parameter in self._parameters() if parameter.grad is not None]
+        if not reached:
             raise TrainingError("no parameter of the optimizer got a gradient from the loss: are all frozen?")
-        return parameters
+        if not self._workers.several:
+            return reached
+        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        anywhere = self._workers.any_of([parameter.grad is not None for parameter in trained], trained[0].device)
+        return list(compress(trained, anywhere))
 
-    def _one_pass(self, closure: Callable[[], Tensor]) -> StepStatistics:
+    def _norm(self, gradients: Collection[Tensor]) -> float:
+        """The global norm of gradients of parameters, of which this worker may hold shards."""
+        return float(self._workers.sum_of_shards(global_norm(gradients) ** 2) ** 0.5)
+
+    def _one_pass(self, parts: list[Chunk]) -> StepStatistics:
         """A step without a second pass: g_s is put together from g and the last g_v."""
         factor = 2.0 if self.losses == "both" else 1.0  # g_s + g holds g twice
-        loss = self._backward(closure, factor)
+        self.zero_grad()
+        losses = []
+        for index, part in enumerate(parts, 1):
+            with nullcontext() if index == len(parts) else self._workers.unsynchronized():
+                losses.append(part.share * self._backward(part.first, factor * part.share))
+        loss = torch.stack(losses).sum()
+        self._workers.average([loss])
         parameters = self._with_gradient()
-        norm = float(global_norm(map(_gradient, parameters))) / factor
+        norm = self._norm([_gradient(parameter) for parameter in parameters]) / factor
         if not _all_finite(norm, loss):
-            return StepStatistics(loss, norm, skipped=True)
+            return StepStatistics(loss, norm / self._loss_scale, skipped=True)
         reused = [parameter for parameter in parameters if parameter in self._kept]
         if reused and self._kept_norm and self.losses != "vanilla":
             directions = [self._kept[parameter] for parameter in reused]
             scale = self.beta * norm / self._kept_norm
             torch._foreach_add_([_gradient(parameter) for parameter in reused], directions, alpha=scale)
-        return StepStatistics(loss, norm)
+        return StepStatistics(loss, norm / self._loss_scale)
 
-    def _two_passes(self, closure: Callable[[], Tensor]) -> StepStatistics:
-        random_state = RandomState(self._kinds)
-        with zero_deltas(self._weights) as leaves:
-            loss = self._backward(closure)
-            parameters = self._with_gradient()
-            norm = float(global_norm(map(_gradient, parameters)))
-            if not _all_finite(norm, loss):
-                return StepStatistics(loss, norm, skipped=True)
-            vanilla = self._keep_gradients(parameters)
-            with self._ascent(parameters, leaves), preserve_buffers(self._module), random_state.replay():
-                perturbed_loss = self._backward(closure)
-        sharp = [_gradient(parameter) for parameter in parameters]
-        product, sharp_norm = torch.stack([inner_product(sharp, vanilla), global_norm(sharp)]).tolist()
-        if not _all_finite(sharp_norm, perturbed_loss):
-            return StepStatistics(loss, norm, perturbed_loss, skipped=True)
-        projection = product / norm**2 if norm else 0.0
+    def _two_passes(self, parts: list[Chunk]) -> StepStatistics:
+        """A step with both passes, for each part of the batch; g and g_s are their sums."""
+        if not all(weight.is_current() for weight in self._weights):
+            raise TrainingError(
+                "the graph no longer has the leaves that this SAQ put into it: another SAQ or pass took them, or "
+                "opt.case was changed; build SAQ anew"
+            )
+        memory, self._kept, self._kept_norm = self._kept, {}, 0.0
+        vanilla, sharp = self._kept, dict[Tensor, Tensor]()
+        losses, perturbed_losses, moved = [], [], None
+        for part in parts:
+            # Each worker perturbs by its own gradient, and they agree on the sums only.
+            with self._workers.unsynchronized(), zero_deltas(self._weights) as leaves:
+                random_state = RandomState(self._kinds)
+                self.zero_grad()
+                loss = self._backward(part.first, part.share)
+                parameters = self._with_gradient()
+                ascent = self._ascent(parameters, leaves)
+                if not self._workers.all_agree(_all_finite(ascent.norm, loss), loss.device):
+                    self._kept = {}
+                    return StepStatistics(loss, ascent.norm / self._loss_scale, skipped=True)
+                _add(vanilla, parameters, memory)
+                before = self._weight_codes()
+                with ascent.climbed(self.rho), preserve_buffers(self._module), random_state.replay():
+                    moved = moved_share(before, self._weight_codes())
+                    self.zero_grad()
+                    perturbed_loss = self._backward(part.second, part.share)
+            if len(parts) > 1:
+                _add(sharp, parameters, {})
+            losses.append(part.share * loss)
+            perturbed_losses.append(part.share * perturbed_loss)
+        loss, perturbed_loss = torch.stack(losses).sum(), torch.stack(perturbed_losses).sum()
+        self._workers.average([loss, perturbed_loss])
+        for parameter, gradient in sharp.items():
+            _gradient(parameter).copy_(gradient)
+        return self._combine(vanilla, loss, perturbed_loss, moved)
+
+    def _combine(
+        self, vanilla: dict[Tensor, Tensor], loss: Tensor, perturbed_loss: Tensor, moved: float | None
+    ) -> StepStatistics:
+        """Makes g_s, in the parameters, what the objective asks for, and keeps g_v in the memory of g."""
+        g, g_s = list(vanilla.values()), [_gradient(parameter) for parameter in vanilla]
+        self._workers.average_gradients([*g, *g_s])
+        squares = torch.stack([inner_product(g, g), inner_product(g_s, g), inner_product(g_s, g_s)])
+        square, product, sharp_square = self._workers.sum_of_shards(squares).tolist()
+        norm, sharp_norm = math.sqrt(square), math.sqrt(sharp_square)
+        statistics = StepStatistics(
+            loss,
+            norm / self._loss_scale,
+            perturbed_loss,
+            sharp_norm / self._loss_scale,
+            product / (norm * sharp_norm) if norm and sharp_norm else None,
+            moved,
+        )
+        if not _all_finite(norm + sharp_norm, loss + perturbed_loss):
+            self._kept = {}
+            return replace(statistics, cosine=None, skipped=True)
+        projection = product / square if square else 0.0
         if self.losses == "both":
-            torch._foreach_add_(sharp, vanilla)
+            torch._foreach_add_(g_s, g)
             projection += 1.0
         if self.period > 1:
-            # g_v = g_s - (g_s.g)/(g.g) g, in the memory of g
-            torch._foreach_mul_(vanilla, -projection)
-            torch._foreach_add_(vanilla, sharp)
-            self._kept_norm = float(global_norm(vanilla))
-        cosine = product / (norm * sharp_norm) if norm and sharp_norm else None
-        return StepStatistics(loss, norm, perturbed_loss, cosine)
+            # g_v = g_s - (g_s.g)/(g.g) g
+            torch._foreach_mul_(g, -projection)
+            torch._foreach_add_(g, g_s)
+            self._kept_norm = self._norm(g)
+        return statistics
 
-    def _keep_gradients(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Copies the gradients into memory that stays: what data parallelism gives may be overwritten."""
-        self._kept_norm = 0.0
-        self._kept = {p: self._kept[p] if p in self._kept else torch.empty_like(p) for p in parameters}
-        kept = list(self._kept.values())
-        torch._foreach_copy_(kept, [_gradient(parameter) for parameter in parameters])
-        return kept
+    def _weight_codes(self) -> list[Tensor]:
+        """The quantized weights in integers, where a perturbation may fail to move them."""
+        if self.case != 2 or self._workers.sharded:
+            return []
+        return [weight.codes() for weight in self._weights]
 
-    @contextmanager
-    def _ascent(self, parameters: list[nn.Parameter], leaves: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Moves all that is perturbed by `rho g/||g||`, from the gradients at hand, and back on leaving."""
+    def _ascent(self, parameters: list[nn.Parameter], leaves: list[tuple[Tensor, Tensor]]) -> Ascent:
+        """What is perturbed, and where to, from the gradients at hand."""
         trained = set(parameters)
         active = [not trained.isdisjoint(weight.parameters) for weight in self._weights]
-        gradients = [_gradient(source) for source, _ in compress(leaves, active)]
-        in_place: list[Tensor] = [p for p in parameters if self._is_perturbed_in_place(p)]
-        in_place_gradients = [_gradient(parameter) for parameter in in_place]
-        scale = ascent_scale(float(global_norm(gradients + in_place_gradients)), self.rho)
-        if gradients:
-            torch._foreach_add_([delta for _, delta in compress(leaves, active)], gradients, alpha=scale)
-        with perturbed(in_place, in_place_gradients, scale):
-            yield
+        deltas = [delta for _, delta in compress(leaves, active)]
+        directions = [_gradient(source) for source, _ in compress(leaves, active)]
+        in_place = [parameter for parameter in parameters if self._is_perturbed_in_place(parameter)]
+        moved, in_place_directions = [local(p) for p in in_place], [_gradient(p) for p in in_place]
+        if self._workers.sharded:
+            self._workers.average(directions)
+        if self.adaptive:
+            values = [weight.value() for weight in compress(self._weights, active)] + moved
+            directions, norm = scaled_by_size(directions + in_place_directions, values)
+            directions, in_place_directions = directions[: len(deltas)], directions[len(deltas) :]
+        else:
+            norm = math.hypot(float(global_norm(directions)), self._norm(in_place_directions))
+        return Ascent(deltas, directions, moved, in_place_directions, norm)
 
     def _is_perturbed_in_place(self, parameter: nn.Parameter) -> bool:
         return parameter not in self._behind_quantizer and self._kinds[parameter] in ("weight", *self.perturb)
@@ -241,16 +393,22 @@ class SAQ(Optimizer):
     def _count_skipped(self, step: StepStatistics) -> None:
         self.skipped_steps += 1
         if self.skipped_steps == 1:
+            remedy = "Look at the batch, or lower the learning rate or rho."
+            if self.grad_scaler is not None:
+                remedy = f"The scaler tries lower scales than {self._loss_scale:g}, as it should at the beginning."
             warnings.warn(
                 f"SAQ skipped step {self._steps}: loss {float(step.loss):g}, gradient norm "
-                f"{step.gradient_norm:g}. Look at the batch, or lower the learning rate or rho. "
+                f"{step.gradient_norm:g}. {remedy} "
                 "Further skips are only counted, in skipped_steps.",
                 RuntimeWarning,
                 stacklevel=5,  # past what torch.optim wraps around step
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with this one's step count and reused direction under "saq"."""
+        """The base optimizer's state dict, with this one's step count and reused direction under "saq".
+
+        Of sharded parameters (FSDP2) it holds this worker's shards.
+        """
         position: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self._parameters())}
         reused = self._kept if self._kept_norm else {}
         own = {
@@ -272,59 +430,40 @@ class SAQ(Optimizer):
                 "this is the state of a plain optimizer, not of SAQ: use base_optimizer.load_state_dict()"
             )
         self.base_optimizer.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self._share_state()
         parameters, own = self._parameters(), state_dict["saq"]
         self._steps, self.skipped_steps = own["steps"], own["skipped_steps"]
         self._kept_norm = own["direction_norm"]
         # Copies, since what is kept is overwritten in place.
         self._kept = {
-            parameters[index]: torch.empty_like(parameters[index]).copy_(value)
+            parameters[index]: torch.empty_like(local(parameters[index].detach())).copy_(value)
             for index, value in own["direction"].items()
         }
 
 
-def parameter_kinds(module: nn.Module) -> dict[nn.Parameter, str]:
-    """Every parameter of a module with its kind: "weight", "bias", "norm" or "clipping".
-
-    Clipping are all parameters of quantizers, whatever their shape. Of the others, those with two dimensions
-    or more are weights; biases of normalization layers, and all further scales, are norm.
-    """
-    kinds: dict[nn.Parameter, str] = {}
-    for owner in module.modules():
-        if isinstance(owner, Quantizer):
-            kinds.update(dict.fromkeys(owner.parameters(), "clipping"))
-        for name, parameter in owner.named_parameters(recurse=False):
-            kinds.setdefault(parameter, _kind(owner, name, parameter))
-    return kinds
-
-
-def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    if parameter.dim() >= 2:
-        return "weight"
-    # Told by shape, not class: rewritten graphs keep a layer's parameters, but not its class.
-    scale = getattr(owner, "weight", None)
-    is_norm = isinstance(scale, Tensor) and scale.dim() == 1
-    return "bias" if name.endswith("bias") and not is_norm else "norm"
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer, with weight decay on weights only: decay on clipping levels would ruin them.
-
-    Args:
-        module: a prepared model, or any other.
-        weight_decay: that of the weights; biases, norm scale and shift, and quantizer parameters get none.
-    """
-    trainable = {parameter: kind for parameter, kind in parameter_kinds(module).items() if parameter.requires_grad}
-    weights = [parameter for parameter, kind in trainable.items() if kind == "weight"]
-    others = [parameter for parameter, kind in trainable.items() if kind != "weight"]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def _outermost_graphs(module: nn.Module) -> list[SaqGraphModule]:
+    if isinstance(module, SaqGraphModule):
+        return [module]
+    return list(dict.fromkeys(graph for child in module.children() for graph in _outermost_graphs(child)))
 
 
 def _gradient(tensor: Tensor) -> Tensor:
-    """The gradient of a leaf tensor, made of zeros where the loss did not reach it."""
+    """The gradient of a leaf tensor, made of zeros where the loss did not reach it; of a sharded one, the shard."""
     if tensor.grad is None:
         tensor.grad = torch.zeros_like(tensor)
-    return tensor.grad
+    return local(tensor.grad)
+
+
+def _add(totals: dict[Tensor, Tensor], parameters: list[nn.Parameter], memory: dict[Tensor, Tensor]) -> None:
+    """Adds the parameters' gradients to totals, which begin as copies: what workers synchronise may be overwritten."""
+    known = [parameter for parameter in parameters if parameter in totals]
+    new = [parameter for parameter in parameters if parameter not in totals]
+    if known:
+        torch._foreach_add_([totals[parameter] for parameter in known], [_gradient(parameter) for parameter in known])
+    if new:
+        gradients = [_gradient(parameter) for parameter in new]
+        copies = [memory[p] if p in memory else torch.empty_like(g) for p, g in zip(new, gradients, strict=True)]
+        torch._foreach_copy_(copies, gradients)
+        totals.update(zip(new, copies, strict=True))
 
 
 def _all_finite(norm: float, loss: Tensor) -> bool:
@@ -346,3 +485,12 @@ def _check_options(rho: float, case: int, period: int, beta: float, losses: str,
     unknown = sorted(set(perturb) - set(PERTURBABLE))
     if unknown:
         raise TrainingError(f"perturb takes {', '.join(PERTURBABLE)}, not {', '.join(unknown)}")
+
+
+def _check_cuts(chunk_size: int | None, second_pass_fraction: float, max_gradient_norm: float | None) -> None:
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise TrainingError(f"chunk_size must be a number of samples, at least 1, not {chunk_size}")
+    if not 0 < second_pass_fraction <= 1:
+        raise TrainingError(f"second_pass_fraction must be above 0 and at most 1, not {second_pass_fraction}")
+    if max_gradient_norm is not None and not max_gradient_norm > 0:
+        raise TrainingError(f"max_gradient_norm must be above 0, not {max_gradient_norm}")

@@ -142,6 +142,29 @@ def test_large_instances_are_repeatable_and_within_the_linear_bound() -> None:
     assert below[1] <= float(total(scores, chosen)) <= bound + 1e-12
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_two_binding_budgets_need_no_solver(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 layers, 25 choices; both limits bind, so that states are compared by two costs."""
+
+    def refuse(_: object) -> None:
+        raise AssertionError("left to HiGHS")
+
+    monkeypatch.setattr(allocation, "_branch_and_bound", refuse)
+    bitops, scores = large(groups=200, seed=seed)
+    rng = np.random.default_rng(seed)
+    weights = np.repeat([2.0, 3, 4, 5, 6], 5) * rng.integers(1, 4000, (200, 1)) * 144
+    columns = [
+        Constraint(costs, share * math.fsum(map(max, costs)))
+        for costs, share in ((bitops, 0.25), (weights.tolist(), 0.48))
+    ]
+    chosen = allocate_under(columns, scores)
+    assert keeps(columns, chosen)
+    used = [float(total(column.costs, chosen)) / column.limit for column in columns]
+    assert min(used) > 0.95
+    alone = allocate(bitops, scores, columns[0].limit)
+    assert total(scores, chosen) <= total(scores, alone)
+
+
 def test_budget_of_an_attainable_sum_beats_the_budget_just_below() -> None:
     costs = [[0, 10**12], [0, 10**12 - 1], [0, 1]]
     scores: Table = [[0, 3], [0, 2.5], [0, 1]]

@@ -5,12 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
-from saq_fx import Policy, demo
+from saq_fx import Policy, demo, load, precision_report
 from saq_fx.cli import main
 from saq_fx.errors import SaqError
 from saq_fx.models import build
+from saq_fx.networks import SmallResNet
+from saq_fx.train_command import settings_of
+from saq_fx.training_recipe import TrainingRecipe
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -86,3 +90,49 @@ def test_demo_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[
     of_float, four, two, searched = (result.bitops for result in results)
     assert two < searched < four < of_float
     assert "BitOps" in capsys.readouterr().out
+
+
+def test_train_and_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    networks = Path(__file__).parent.parent / "saq_fx" / "networks.py"
+    folder = tmp_path / "run"
+    float_model = build(f"{networks}:SmallResNet")
+    torch.save(float_model.state_dict(), tmp_path / "float.pt")
+    command = ["train", f"{networks}:SmallResNet", "--data", "digits", "--folder", str(folder), "--epochs", "1"]
+    assert run(monkeypatch, *command, "--weights", str(tmp_path / "float.pt"), "--batch", "100", "--lr", "0.05") == 0
+    printed = capsys.readouterr().out
+    assert "test accuracy:" in printed
+    gm = load(SmallResNet(), folder / "model.safetensors", example_inputs=torch.zeros(1, 1, 8, 8))
+    assert (folder / "report.txt").read_text() == f"{precision_report(gm)}\n"
+    assert run(monkeypatch, *command, "--weights", str(tmp_path / "float.pt"), "--batch", "100", "--lr", "0.05") == 0
+    again = load(SmallResNet(), folder / "model.safetensors", example_inputs=torch.zeros(1, 1, 8, 8))
+    assert all(torch.equal(a, b) for a, b in zip(gm.parameters(), again.parameters(), strict=True)), "it had ended"
+    assert run(monkeypatch, *command, "--batch", "100", "--lr", "0.01") == 1
+    assert "of a run with other recipe" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--batch", "100", "--lr", "0.05", "--precision", "W2A2") == 1
+    assert "of a run with other bits" in capsys.readouterr().err
+
+
+def test_train_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    networks = Path(__file__).parent.parent / "saq_fx" / "networks.py"
+    command = ["train", f"{networks}:SmallResNet", "--data", "digits", "--folder", str(tmp_path)]
+    assert run(monkeypatch, *command, "--paper", "resnet18") == 1
+    assert "is not NETWORK:BITS" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--paper", "vgg:4") == 1
+    assert "no settings for 'vgg'" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--paper", "mobilenet_v2:4") == 1
+    assert "distils from the float model, whose weights are missing: give --weights" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--batch", "2000") == 1
+    assert "batches is empty" in capsys.readouterr().err
+    torch.save({}, tmp_path / "empty.pt")
+    assert run(monkeypatch, *command, "--weights", str(tmp_path / "empty.pt")) == 1
+    assert "does not hold the weights of" in capsys.readouterr().err
+
+
+def test_settings_of_the_paper() -> None:
+    small, mobile, default = (settings_of(name) for name in ("resnet18:2", "mobilenet_v2:4", ""))
+    assert (small.recipe.rho, small.recipe.weight_decay, small.recipe.batch_size) == (0.30, 2.5e-5, 512)
+    assert (small.precision, small.offsets) == ("W2A2", False)
+    assert (mobile.precision, mobile.offsets) == ("W4A4", True)
+    assert (default.recipe, default.precision) == (TrainingRecipe(batch_size=64), "W4A4")

@@ -10,11 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
-    0: "errors precision recipe quantizers mixtures sharpness allocation",
+    0: "errors precision recipe quantizers mixtures sharpness allocation batching parallel parameters"
+    " training_recipe distillation",
     1: "annotation attention capture dataflow example_values exported graph modes operators pass_base patching "
     "recording rewriting shapes symbolic tracing",
-    2: "cost report plots",
-    4: "__init__ prepare search training checkpoint data models networks cli demo",
+    2: "cost choices report resume two_passes",
+    3: "training",
+    4: "__init__ prepare search search_result baselines checkpoint data models networks plots cli demo train_command",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # What a module must work, and be tested, without.

@@ -1,4 +1,4 @@
-"""The picture of a report: what is drawn, that it is whole, and what happens without matplotlib."""
+"""The pictures of reports and searches: what is drawn, that it is whole, and what happens without matplotlib."""
 
 import sys
 from itertools import pairwise
@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from saq_fx import plots
 from saq_fx.errors import MissingExtraError, SaqError
-from saq_fx.plots import plot_bits
+from saq_fx.passes.search_asga import SearchStep
+from saq_fx.plots import plot_bits, plot_search
 from saq_fx.report import LayerRow, PrecisionReport
 
 
@@ -101,3 +102,23 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatc
 def test_a_report_without_layers_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SaqError, match="no layers"):
         plot_bits(report(0), tmp_path / "bits.png")
+
+
+def test_a_search_is_drawn_step_by_step(tmp_path: Path, figures: list[Figure]) -> None:
+    steps = [
+        SearchStep(
+            2.0 - t, 2.5 - t, 0.5, 0.1, None, 0.9, 1.0, 0.2, 1.0, {"conv weight": (0.0, t)}, {"conv weight": 3 + t}
+        )
+        for t in (0.0, 0.5, 1.0)
+    ]
+    plot_search(steps, tmp_path / "search.png")
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+    bits, losses, cost, sharpness = figures[0].axes
+    lines = {
+        line.get_label(): list(line.get_ydata()) for axes in (bits, losses, cost, sharpness) for line in axes.lines
+    }
+    assert lines["conv weight"] == [3.0, 3.5, 4.0]
+    assert lines["perturbed_loss"] == [2.5, 2.0, 1.5]
+    assert lines["rho"] == [0.1] * 3
+    with pytest.raises(SaqError, match="no history"):
+        plot_search([], tmp_path / "search.png")

@@ -188,6 +188,19 @@ def test_signedness_comes_from_the_producer() -> None:
     assert not gm.get_submodule("same.input_quantizer").signed
 
 
+def test_all_activations_may_have_offsets() -> None:
+    entry = ZOO["residual"]
+    inputs = entry.inputs()
+    gm = prepare_saq(entry.make(), example_inputs=inputs, recipe=Recipe(activation_offsets=True))
+    quantizers: list[Any] = [
+        gm.get_submodule(layer.input_quantizer) for _, layer in layers(gm) if layer.input_quantizer
+    ]
+    assert [quantizer.signed for quantizer in quantizers] == [False, False, False]
+    gm(inputs).square().sum().backward()
+    assert all(float(quantizer.offset.grad.abs()) > 0 for quantizer in quantizers)
+    assert record_of(gm).recipe == Recipe.from_dict(Recipe(activation_offsets=True).to_dict())
+
+
 @pytest.mark.parametrize("scheme", ["clip", "lsq"])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_eight_bits_are_close_to_float(scheme: str, per_channel: bool) -> None:

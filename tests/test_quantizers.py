@@ -21,6 +21,7 @@ from saq_fx.quantizers import (
     StepQuantizer,
     clip_activation,
     clip_weight,
+    integer_range,
     lsq,
     lsq_plus,
 )
@@ -122,6 +123,23 @@ def test_state_survives_every_copy(kind: str) -> None:
         assert other.bits == 3
         assert torch.equal(other(2 * x), quantizer(2 * x)), "no level is fitted again"
         assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("kind", MODULES)
+def test_codes_are_the_places_of_the_values_on_their_grid(kind: str, bits: int) -> None:
+    quantizer: Quantizer = MODULES[kind](bits)
+    x = data()
+    values, codes = quantizer(x).detach(), quantizer.codes(x)
+    assert codes.dtype == torch.int32
+    low, high = integer_range(bits, signed=isinstance(quantizer, StepQuantizer) and quantizer.signed)
+    assert low <= int(codes.min())
+    assert int(codes.max()) <= high
+    axis = quantizer.channel_axis if quantizer.level.numel() > 1 else None  # type: ignore[attr-defined]
+    for row, of_row in zip(*((t.unbind(axis) if axis is not None else [t]) for t in (values, codes)), strict=True):
+        line = np.polyfit(of_row.flatten().numpy(), row.flatten().numpy(), 1)
+        np.testing.assert_allclose(np.polyval(line, of_row), row, atol=1e-5)
+        assert line[0] > 0
 
 
 @pytest.mark.parametrize("kind", MODULES)

@@ -1,6 +1,7 @@
 """One search serves every budget: the policy is within it, exact, and comes back from its file."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise, product
@@ -9,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import saq_fx
 from saq_fx import Budget, Policy, Precision, cost_table, prepare_saq, search_precision
+from saq_fx.baselines import best_uniform, draw_random, measure_sensitivity
 from saq_fx.cost import feasible_range
 from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, TrainingError
 from saq_fx.graph import layers
 from saq_fx.networks import SmallResNet
-from saq_fx.search import SearchResult, measure_sensitivity
+from saq_fx.passes.relax_precision import RelaxPrecision
+from saq_fx.search import SearchResult
 from saq_fx.tracing import split_inputs
 from tests.test_prepare import tensors
 from tests.zoo import ZOO
@@ -86,6 +91,15 @@ def test_the_graph_is_not_changed(gm: Any, result: SearchResult) -> None:
     saq_fx.apply_policy(gm, result.policy)
     assert saq_fx.policy_of(gm) == result.policy
     saq_fx.apply_policy(gm, "W4A4")
+
+
+def test_every_step_is_reported_as_it_is_kept(gm: Any) -> None:
+    seen: list[Any] = []
+    found = search_precision(gm, batches(), F.cross_entropy, budget="0.2xW8A8", steps=2, after_step=seen.append)
+    assert tuple(seen) == found.history
+    for name, bits in seen[0].bits.items():
+        weights = torch.tensor(seen[0].logits[name]).softmax(0)
+        assert bits == pytest.approx(float(weights @ torch.tensor(CANDIDATES, dtype=torch.float)))
 
 
 def test_an_infeasible_budget_is_refused_before_any_training(gm: Any) -> None:
@@ -214,7 +228,88 @@ def test_a_hard_budget_is_met_on_every_network(name: str) -> None:
 
 
 def test_bad_arguments_are_named(gm: Any) -> None:
-    with pytest.raises(PrecisionError, match="candidates of wieght"):
+    with pytest.raises(PatternError, match="'wieght' matches no layer that has a choice"):
         search_precision(gm, batches(), F.cross_entropy, budget="avg4", candidates={"wieght": (2, 4)})
     with pytest.raises(TrainingError, match="ran out after 4 of 5 steps"):
         search_precision(gm, iter(batches()), F.cross_entropy, budget="avg4", steps=5)
+
+
+def test_shared_choices_hold_in_every_policy(gm: Any) -> None:
+    relaxed = RelaxPrecision(same_bits=["block1.*", "*.shortcut.*"], equal_operands=["block2.*"])
+    found = search_precision(gm, batches(), F.cross_entropy, budget="0.2xW8A8", candidates=relaxed, steps=2)
+    larger = cost_table(prepare_saq(SmallResNet(4), example_inputs=torch.randn(1, 1, 16, 16)))
+    for policy in (found.policy, found.policy_for("0.15xW8A8", costs=larger), found.frontier()[1].policy):
+        assert policy["block1.conv1"] == policy["block1.conv2"]
+        assert policy["block2.shortcut.0"] == policy["block3.shortcut.0"]
+        for name in ("block2.conv1", "block2.conv2", "block2.shortcut.0"):
+            assert policy[name].weight == policy[name].activation
+    assert larger.total_bitops(dict(found.policy_for("0.15xW8A8", costs=larger))) <= 0.15 * larger.total_bitops(
+        larger.uniform(Precision(8, 8))
+    )
+
+
+def test_a_price_alone_decides_what_the_bits_are_worth(gm: Any) -> None:
+    totals = []
+    for beta in (1e-3, 1e3):
+        found = search_precision(gm, batches(), F.cross_entropy, steps=4, beta=beta)
+        (budget,) = found.budgets
+        assert budget.value == total_bitops(found, found.policy)
+        best = [choice.precisions[max(range(16), key=choice.scores.__getitem__)] for choice in found.choices]
+        assert [found.policy[choice.group] for choice in found.choices] == best
+        totals.append(budget.value)
+    assert (
+        totals[0]
+        > totals[1]
+        == total_bitops(found, Policy({layer.name: layer.pinned or "W2A2" for layer in found.costs}))
+    )
+    with pytest.raises(PrecisionError, match="at least one budget, or a price"):
+        search_precision(gm, batches(), F.cross_entropy)
+
+
+def test_the_best_uniform_policy_uses_most_of_the_budget(gm: Any) -> None:
+    found = best_uniform(gm, budget="0.15xW8A8")
+    free = {precision for name, precision in found.policy.items() if found.costs[name].pinned is None}
+    costs = found.costs
+    limit = 0.15 * costs.total_bitops(costs.uniform(Precision(8, 8)))
+    every = [costs.total_bitops(costs.uniform(Precision(*pair))) for pair in product(CANDIDATES, CANDIDATES)]
+    assert len(free) == 1
+    assert total_bitops(found, found.policy) == max(total for total in every if total <= limit)
+
+
+def test_random_policies_differ_and_use_the_budget(gm: Any) -> None:
+    found = [draw_random(gm, budget="0.15xW8A8", seed=seed) for seed in (0, 0, 1)]
+    assert found[0].policy == found[1].policy != found[2].policy
+    limit = 0.15 * found[0].costs.total_bitops(found[0].costs.uniform(Precision(8, 8)))
+    assert all(0.9 * limit < total_bitops(each, each.policy) <= limit for each in found)
+
+
+def test_policies_found_by_others_can_be_loaded(gm: Any, tmp_path: Path) -> None:
+    text = {"format": "saq_fx.policy", "version": 1, "default": "W4A4", "layers": {"block1.*": "W2A3"}}
+    (tmp_path / "policy.json").write_text(json.dumps(text))
+    applied = copy.deepcopy(gm)
+    saq_fx.apply_policy(applied, Policy.load(tmp_path / "policy.json"))
+    bits = saq_fx.policy_of(applied)
+    assert (str(bits["block1.conv1"]), str(bits["block2.conv1"]), str(bits["stem"])) == ("W2A3", "W4A4", "W8A8")
+
+
+SHARES = st.floats(0, 1)
+
+
+@given(st.lists(SHARES, min_size=1, max_size=3))
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_feasible_budget_of_any_kind_is_kept(result: SearchResult, shares: list[float]) -> None:
+    """The larger of random budgets of several kinds, between their ends."""
+    candidates = {choice.group: choice.precisions for choice in result.choices}
+    kinds = (Budget.bitops(1), Budget.weight_bytes(1), Budget.average_bits(1))
+    budgets = []
+    for kind, share in zip(kinds, shares, strict=False):
+        least, most = feasible_range(kind, result.costs, candidates)
+        budgets.append(replace(kind, value=least + share * (most - least)))
+    bits = dict(result.policy_for(budgets))
+    measured = {
+        "bitops": result.costs.total_bitops(bits),
+        "weight_bytes": result.costs.total_weight_bytes(bits),
+        "average_bits": max(result.costs.average_weight_bits(bits), result.costs.average_activation_bits(bits)),
+    }
+    for budget in budgets:
+        assert measured[budget.kind] <= budget.value

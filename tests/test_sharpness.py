@@ -131,6 +131,13 @@ def test_lambda_max_of_a_quadratic(eigenvalues: list[float]) -> None:
     assert found.residual <= 1e-8
 
 
+def test_a_large_negative_eigenvalue_does_not_loosen_the_tolerance() -> None:
+    matrix, point = quadratic([-1000.0, 1.0, 0.4, -0.2])
+    found = lambda_max(lambda _: point @ matrix @ point / 2, [0], [point], iterations=20000, tolerance=1e-3)
+    assert found.residual <= 1e-3 * found.value
+    assert found.value == pytest.approx(1.0, rel=1e-3)
+
+
 def test_lambda_max_of_a_linear_loss_is_zero() -> None:
     point = torch.randn(4, requires_grad=True)
     assert lambda_max(lambda _: point.sum(), [0], [point]).value == 0

@@ -1,5 +1,9 @@
 """From model to graph: modes, guards, fixed arguments, and errors that name the place."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -233,3 +237,22 @@ def test_functions_may_change_their_lists() -> None:
         assert torch.equal(gm(x), Mutating()(x))
     with pytest.raises(TracingError, match="another path"):
         gm(torch.randn(2, 2))
+
+
+def test_a_model_that_imports_the_compiler_does_not_harm_it() -> None:
+    script = """
+import sys, torch, saq_fx
+from torch import nn
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+    def forward(self, x):
+        import torch._dynamo
+        return self.conv(x)
+x = torch.ones(1, 1, 5, 5)
+saq_fx.prepare_saq(Model(), example_inputs=x)
+compiled = torch.compile(lambda x: x.clamp(min=torch.finfo(x.dtype).min), backend="eager", fullgraph=True)
+assert torch.equal(compiled(x), x)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])

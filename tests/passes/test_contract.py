@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from saq_fx.annotation import annotation_of, record_of
 from saq_fx.capture import capture
@@ -17,9 +19,12 @@ from saq_fx.passes.canonicalize import Canonicalize
 from saq_fx.passes.insert_perturbations import InsertPerturbations, RemovePerturbations
 from saq_fx.passes.insert_quantizers import InsertQuantizers
 from saq_fx.passes.open_attention import OpenAttention
+from saq_fx.passes.reestimate_batchnorm import ReestimateBatchNorm
 from saq_fx.passes.relax_precision import RelaxPrecision
+from saq_fx.passes.train_saq import TrainSaq
 from saq_fx.precision import Policy, Precision
 from saq_fx.tracing import split_inputs
+from saq_fx.training_recipe import TrainingRecipe
 from tests.zoo import ZOO
 
 
@@ -34,8 +39,16 @@ def passes(inputs: Any) -> list[Pass]:
         InsertPerturbations(case=3),
         InsertPerturbations(case=2),
         RemovePerturbations(),
+        InsertPerturbations(case=1),
+        TrainSaq([(inputs, None)], mean_square, TrainingRecipe(epochs=1, period=1)),
+        ReestimateBatchNorm((inputs,)),
         RelaxPrecision((2, 4), (3, 6)),
     ]
+
+
+def mean_square(outputs: Any, _: Any) -> Tensor:
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.stack([leaf.square().mean() for leaf in leaves]).sum()
 
 
 def fingerprint(gm: SaqGraphModule) -> Any:

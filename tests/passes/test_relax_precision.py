@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saq_fx.errors import PassError, PrecisionError
+from saq_fx.choices import choices
+from saq_fx.errors import PassError, PatternError, PrecisionError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.mixtures import MixtureQuantizer
+from saq_fx.networks import SmallResNet
 from saq_fx.pass_base import Pipeline
-from saq_fx.passes.relax_precision import RelaxPrecision, choices
+from saq_fx.passes.relax_precision import RelaxPrecision
 from saq_fx.precision import Policy, Precision
 from saq_fx.prepare import apply_policy, prepare_saq
 from saq_fx.recipe import Recipe
@@ -140,3 +142,73 @@ def test_a_float_graph_is_refused() -> None:
     gm = prepare_saq(ZOO["residual"].make(), example_inputs=ZOO["residual"].inputs(), precision=None)
     with pytest.raises(PassError, match="quantizers"):
         Pipeline((RelaxPrecision(),)).run(gm)
+
+
+def resnet(**options: Any) -> SaqGraphModule:
+    gm = prepare_saq(SmallResNet(4), example_inputs=torch.randn(2, 1, 8, 8))
+    RelaxPrecision(**options).run(gm)
+    return gm
+
+
+def test_candidates_by_name_operator_and_class() -> None:
+    overrides = {
+        "op:conv2d": (2, 4),
+        "class:ResidualBlock": {"weight": (3, 5)},
+        "block2.*": {"activation": (6,)},
+        "block2.conv2": (7, 8),
+    }
+    found = {choice.name: choice for choice in choices(resnet(overrides=overrides))}
+    candidates = {name: tuple(mixture.candidates for mixture in found[name].mixtures) for name in found}
+    assert candidates["block1.conv1"] == ((3, 5), (2, 4))
+    assert candidates["block2.conv1"] == ((3, 5), (6,))
+    assert candidates["block2.conv2"] == ((7, 8), (7, 8))
+
+
+def test_layers_that_are_to_have_the_same_bits_share_one_choice() -> None:
+    gm = resnet(same_bits=["block1.*", ("block2.conv1", "block3.conv1"), "*.shortcut.*"])
+    groups = {choice.name: choice.layers for choice in choices(gm)}
+    assert groups == {
+        "block1.conv1": ("block1.conv1", "block1.conv2"),
+        "block2.conv1": ("block2.conv1", "block3.conv1"),
+        "block2.conv2": ("block2.conv2",),
+        "block2.shortcut.0": ("block2.shortcut.0", "block3.shortcut.0"),
+        "block3.conv2": ("block3.conv2",),
+    }
+
+
+def test_weights_with_the_bits_of_their_activations() -> None:
+    gm = resnet(equal_operands=["block1.*"])
+    first, second, *others = choices(gm)
+    for choice in (first, second):
+        assert choice.precisions() == [Precision(bits, bits) for bits in (2, 3, 4, 6)]
+        assert choice.labels == (choice.name,)
+        assert torch.equal(choice.probabilities(), choice.weight.probabilities())
+    assert all(len(choice.precisions()) == 16 and len(choice.labels) == 2 for choice in others)
+
+
+def test_products_and_layers_may_share_a_choice() -> None:
+    gm = prepared("attention")
+    RelaxPrecision(same_bits=["*"], equal_operands=["op:matmul"]).run(gm)
+    (choice,) = choices(gm)
+    assert {"matmul", "embed"} & set(choice.layers)
+    assert len(choice.mixtures) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"overrides": {"blcok1.*": (2,)}}, PatternError, "'blcok1.*' matches no layer .* nearest are block1"),
+        ({"overrides": {"stem": (2,)}}, PatternError, "'stem' matches no layer that has a choice"),
+        ({"overrides": {"block1.*": {"weights": (2,)}}}, PrecisionError, "candidates of 'weights'"),
+        ({"overrides": {"block1.*": (2, 9)}}, PrecisionError, "weight candidates of 'block1.*' are"),
+        (
+            {"same_bits": ["block1.*"], "overrides": {"block1.conv2": (2, 4)}},
+            PrecisionError,
+            "block1.conv1 .* and block1.conv2",
+        ),
+        ({"weight": (2, 4), "equal_operands": ["block1.*"]}, PrecisionError, "block1.conv1: weights and activations"),
+    ],
+)
+def test_what_cannot_be_chosen_is_named(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        resnet(**options)

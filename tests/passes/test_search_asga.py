@@ -1,7 +1,10 @@
 """The search: one step against float64 formulas, the budget held, prices kept out of the scores."""
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +12,16 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from saq_fx.errors import InfeasibleBudgetError, PassError, PrecisionError, TrainingError
+from saq_fx.choices import ExpectedShares, choices, weight_mixtures
+from saq_fx.cost import cost_table
+from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PassError, PrecisionError, TrainingError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.networks import SmallResNet
-from saq_fx.passes.relax_precision import RelaxPrecision, choices
-from saq_fx.passes.search_asga import ExpectedShares, SearchAsga, SearchStep
-from saq_fx.precision import Budget
+from saq_fx.passes.relax_precision import RelaxPrecision
+from saq_fx.passes.search_asga import ABLATIONS, STILL_STEPS, SearchAsga, SearchStep
+from saq_fx.precision import Budget, Precision
 from saq_fx.prepare import prepare_saq
 from saq_fx.recipe import Recipe
 from tests.zoo import ZOO
@@ -95,7 +101,9 @@ class Reference:
         self.parameters = {name: each.detach().clone() for name, each in gm.named_parameters()}
         for name in self.names:
             self.parameters[f"{name}.logits"] = self.start()
-        self.perturbed = {name for name in self.parameters if "level" not in name}
+        self.parameters["moved"] = torch.zeros_like(self.parameters["conv.weight"])  # of the mixed weight
+        before = ("conv.weight", "conv.weight_quantizer.logits")
+        self.perturbed = {name for name in self.parameters if "level" not in name and name not in before}
         self.momentum = {name: torch.zeros_like(each) for name, each in self.parameters.items()}
         self.square = {name: torch.zeros_like(each) for name, each in self.parameters.items()}
         self.rho, self.gap, self.beta, self.done = options.rho, 0.0, 0.0, 0
@@ -124,7 +132,7 @@ class Reference:
         x, targets = batch
         weight = plain(clip_weight, parameters["stem.weight"], "stem.weight_quantizer")
         x = F.conv2d(x, weight, parameters["stem.bias"], padding=1).relu()
-        weight = mixture(clip_weight, parameters["conv.weight"], "conv.weight_quantizer")
+        weight = mixture(clip_weight, parameters["conv.weight"], "conv.weight_quantizer") + parameters["moved"]
         x = F.conv2d(mixture(clip_activation, x, "conv.input_quantizer"), weight, padding=1)
         x = F.batch_norm(x, None, None, parameters["norm.weight"], parameters["norm.bias"], training=True)
         x = plain(clip_activation, x.relu().mean((2, 3)), "head.input_quantizer")
@@ -150,6 +158,7 @@ class Reference:
         scale = self.rho / norm - options.alignment
         moved = {n: p + scale * g[n] if n in self.perturbed else p for n, p in self.parameters.items()}
         perturbed_loss, g_a = self.gradient(moved, lambda p: self.loss(p, batch, temperature))
+        trajectory = self.trajectory(temperature)
         cost, of_cost = self.gradient(self.parameters, lambda p: self.share(p, temperature))
         for name in self.names:
             p = self.probabilities(self.parameters, name, temperature)
@@ -162,20 +171,38 @@ class Reference:
                 parameter -= options.logits_lr * self.adam(name, descent + price * of_cost[name])
             else:
                 self.momentum[name] = 0.9 * self.momentum[name] + descent
-                parameter -= options.weight_lr * self.momentum[name]
-        flat, flat_a = (torch.cat([each.flatten() for each in found.values()]) for found in (g, g_a))
+                parameter -= options.weight_lr * self.momentum[name] * (name != "moved")
+        flat, flat_a = (torch.cat([found[name].flatten() for name in sorted(self.perturbed)]) for found in (g, g_a))
         gap, rho, beta = max(0.0, perturbed_loss - loss), self.rho, self.beta
         cosine = float(F.cosine_similarity(flat, flat_a, dim=0))
         self.gap = gap if self.done == 1 else 0.9 * self.gap + 0.1 * gap
         self.rho = min(max(math.log(self.gap + 1), options.rho_range[0]), options.rho_range[1])
         self.beta += options.dual_lr * (cost - 1)
-        return SearchStep(loss, perturbed_loss, gap, rho, 2 * gap / rho**2, cosine, cost, beta, temperature)
+        numbers = loss, perturbed_loss, gap, rho, 2 * gap / rho**2, cosine, cost, beta, temperature
+        return SearchStep(*numbers, **trajectory)
+
+    def trajectory(self, temperature: float) -> dict[str, Any]:
+        labels = dict(zip(self.names, ("conv weight", "conv activation"), strict=True))
+        bits = torch.tensor(BITS, dtype=torch.float64)
+        return {
+            "logits": {label: tuple(self.parameters[f"{name}.logits"].tolist()) for name, label in labels.items()},
+            "bits": {
+                label: float(self.probabilities(self.parameters, name, temperature) @ bits)
+                for name, label in labels.items()
+            },
+        }
 
     def adam(self, name: str, gradient: Tensor) -> Tensor:
         self.momentum[name] = 0.9 * self.momentum[name] + 0.1 * gradient
         self.square[name] = 0.999 * self.square[name] + 0.001 * gradient**2
         mean, square = self.momentum[name] / (1 - 0.9**self.done), self.square[name] / (1 - 0.999**self.done)
         return mean / (square.sqrt() + 1e-8)
+
+
+def numbers(step: SearchStep) -> dict[str, Any]:
+    """All that a step saw, flat."""
+    logits = {f"{name} {index}": each for name, vector in step.logits.items() for index, each in enumerate(vector)}
+    return {**vars(step), **step.bits, **logits, "logits": 0, "bits": 0}
 
 
 def test_steps_are_those_of_the_formulas() -> None:
@@ -185,7 +212,7 @@ def test_steps_are_those_of_the_formulas() -> None:
     expected = [reference.step(batch) for batch in data]
     result = options.run(gm)
     for step, other in zip(result.history, expected, strict=True):
-        assert vars(step) == pytest.approx(vars(other), rel=1e-7, abs=1e-10)
+        assert numbers(step) == pytest.approx(numbers(other), rel=1e-7, abs=1e-10)
     for name, parameter in gm.named_parameters():
         torch.testing.assert_close(parameter.detach(), reference.parameters[name], rtol=1e-8, atol=1e-10, msg=name)
     weight, activation = (reference.gains[name] / STEPS for name in reference.names)
@@ -295,10 +322,149 @@ def test_what_is_wrong_is_named() -> None:
         SearchAsga([], F.cross_entropy, budgets).run(small_resnet())
     with pytest.raises(TrainingError, match="no length"):
         SearchAsga(iter(digits_like(1)), F.cross_entropy, budgets).run(small_resnet())
-    with pytest.raises(TrainingError, match="step 1 of the search has loss nan"):
+    with pytest.raises(TrainingError, match="step 1 of the search: the loss is nan"):
         SearchAsga(digits_like(1), lambda outputs, _: outputs.sum() * torch.nan, budgets).run(small_resnet())
+    with pytest.raises(TrainingError, match="step 1 of the search: the loss must be a 0-d tensor"):
+        SearchAsga(digits_like(1), lambda outputs, _: outputs, budgets).run(small_resnet())
+    with pytest.raises(PrecisionError, match="there is no score 'logits'"):
+        SearchAsga([], F.cross_entropy, budgets, score="logits")
     with pytest.raises(InfeasibleBudgetError):
         SearchAsga(digits_like(1), F.cross_entropy, (Budget.bitops(1),)).run(small_resnet())
     gm = prepare_saq(SmallResNet(4), example_inputs=torch.randn(1, 1, 8, 8))
     with pytest.raises(PassError, match="run RelaxPrecision"):
         SearchAsga(digits_like(1), F.cross_entropy, budgets).run(gm)
+
+
+class Interrupted(Exception):
+    """Stands for a killed process."""
+
+
+def loader() -> DataLoader[Any]:
+    """A loader that shuffles by torch's own generator."""
+    torch.manual_seed(1)
+    images = TensorDataset(torch.randn(40, 1, 8, 8), torch.randint(10, (40,)))
+    return DataLoader(images, batch_size=8, shuffle=True)
+
+
+@pytest.mark.parametrize("stop", [4, 5, 7])
+def test_a_resumed_search_is_the_uninterrupted_one(stop: int, tmp_path: Path) -> None:
+    """Bit for bit, from the end of a round through the loader and from the middle of one."""
+    budgets, path = (Budget.ratio(0.2),), tmp_path / "state.pt"
+    data, gm, whole = loader(), small_resnet(), []
+    torch.manual_seed(2)
+    expected = SearchAsga(data, F.cross_entropy, budgets, steps=12, after_step=whole.append).run(copy.deepcopy(gm))
+
+    def interrupt(_: SearchStep) -> None:
+        seen.append(_)
+        if len(seen) > stop:
+            raise Interrupted
+
+    seen: list[SearchStep] = []
+    options = SearchAsga(data, F.cross_entropy, budgets, steps=12, checkpoint=path, checkpoint_steps=stop)
+    torch.manual_seed(2)
+    with pytest.raises(Interrupted):
+        replace(options, after_step=interrupt).run(copy.deepcopy(gm))
+    torch.manual_seed(3)
+    resumed = copy.deepcopy(gm)
+    result = options.run(resumed)
+    assert result.history == expected.history
+    assert result.scores == expected.scores
+    for found, other in zip(resumed.parameters(), expected.graph_module.parameters(), strict=True):
+        assert torch.equal(found, other)
+
+
+def test_a_state_of_another_search_is_refused(tmp_path: Path) -> None:
+    budgets, path = (Budget.ratio(0.2),), tmp_path / "state.pt"
+    options = SearchAsga(digits_like(2), F.cross_entropy, budgets, checkpoint=path, checkpoint_steps=1)
+    options.run(small_resnet())
+    with pytest.raises(CheckpointError, match="another run: other steps"):
+        replace(options, steps=3).run(small_resnet())
+    gm = prepare_saq(SmallResNet(4), example_inputs=torch.randn(16, 1, 8, 8))
+    RelaxPrecision((2, 4)).run(gm)
+    with pytest.raises(CheckpointError, match="another run: other layers or candidates"):
+        options.run(gm)
+    path.write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match="remove it to begin anew"):
+        options.run(small_resnet())
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_what_their_names_say(name: str) -> None:
+    budgets, data = (Budget.ratio(0.2),), digits_like(3)
+    result = SearchAsga(data, F.cross_entropy, budgets, **ABLATIONS[name]).run(small_resnet())
+    radii = [step.rho for step in result.history]
+    if name in ("EdMIPS", "+ gradient score"):
+        assert radii == [0, 0, 0]
+    elif name == "+ adaptive radius (ASGA)":
+        assert radii[0] == 0.1
+        assert len(set(radii)) > 1
+    else:
+        assert radii == [0.1] * 3
+    if name == "EdMIPS":
+        found = choices(result.graph_module)
+        assert result.scores[0] == tuple(found[0].probabilities().log().tolist())
+        assert {step.temperature for step in result.history} == {1.0}
+
+
+def test_without_alignment_the_step_is_that_of_sam() -> None:
+    """With the learning rate 1 and no momentum yet, the first step is the gradient at the perturbed point."""
+    budgets, data = (Budget.ratio(0.2),), digits_like(1)
+    gm = small_resnet()
+    gm(data[0][0])  # fits the levels
+    start = {name: each.detach().clone() for name, each in gm.named_parameters()}
+
+    def moved(alignment: float | None, rho: float) -> dict[str, Tensor]:
+        copied = copy.deepcopy(gm)
+        options = SearchAsga(data, F.cross_entropy, budgets, rho=rho, alignment=alignment, weight_lr=1.0)
+        options.run(copied)
+        names = [name for name in start if not name.endswith("logits")]
+        return {name: start[name] - copied.get_parameter(name).detach() for name in names}
+
+    plain, sam, mean = moved(0.0, 0.0), moved(None, 0.1), moved(0.0, 0.1)
+    for name in mean:
+        torch.testing.assert_close(mean[name], (plain[name] + sam[name]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fixed_price_without_a_budget_charges_logits_and_scores() -> None:
+    gm = small_resnet()
+    result = SearchAsga(digits_like(1), lambda outputs, _: 0 * outputs.sum(), beta=0.5, logits_lr=1e-3).run(gm)
+    (step,) = result.history
+    assert step.beta == 0.5
+    costs = cost_table(gm)
+    whole = costs.total_bitops(costs.uniform(Precision(8, 8)))
+    for choice, scores in zip(choices(gm), result.scores, strict=True):
+        layer = costs[choice.name]
+        assert scores == pytest.approx([-0.5 * layer.bitops(each) / whole for each in choice.precisions()], rel=1e-5)
+        assert all(mixture.logits[0] > mixture.logits[-1] for mixture in choice.mixtures)
+
+
+def test_a_search_that_stands_still_warns() -> None:
+    options = SearchAsga(
+        digits_like(1), lambda outputs, _: 0 * outputs.sum(), (Budget.ratio(0.2),), steps=STILL_STEPS, rho=0.0,
+        logits_lr=1e-6,
+    )  # fmt: skip
+    with pytest.warns(RuntimeWarning, match="stands still: no logit moved by 0.01 in the last 100 of 100 steps"):
+        options.run(small_resnet())
+
+
+def test_nothing_of_the_two_passes_stays() -> None:
+    gm = small_resnet()
+    SearchAsga(digits_like(2), F.cross_entropy, (Budget.ratio(0.2),)).run(gm)
+    assert all(parameter.grad is None for parameter in gm.parameters())
+    assert all(mixture.held is None for choice in choices(gm) for mixture in choice.mixtures)
+    assert not torch.equal(gm(torch.randn(4, 1, 8, 8)), gm(torch.randn(4, 1, 8, 8)))
+
+
+def test_between_steps_the_module_is_the_unperturbed_one() -> None:
+    """What `after_step` sees: the mixture of the weights as they are then."""
+    gm, x, seen = small_resnet(), torch.randn(4, 1, 8, 8), []
+
+    def evaluate(_: SearchStep) -> None:
+        with torch.no_grad():
+            fresh = copy.deepcopy(gm)
+            for mixture in weight_mixtures(fresh):
+                mixture.held = None
+            seen.append((gm(x), fresh(x)))
+
+    SearchAsga(digits_like(3), F.cross_entropy, (Budget.ratio(0.2),), after_step=evaluate).run(gm)
+    assert all(torch.equal(*pair) for pair in seen)

@@ -1,0 +1,98 @@
+"""The state of an interrupted training or search, in one file: what the steps to come depend on."""
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from saq_fx.errors import CheckpointError
+from saq_fx.precision import write_whole
+from saq_fx.quantizers import Quantizer
+
+_FORMAT = "saq_fx.state.1"
+
+
+def random_state() -> list[Tensor]:
+    """Of the generators of the CPU, then of each CUDA device."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(state: Sequence[Tensor]) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state[0])
+    if state[1:]:
+        torch.cuda.set_rng_state_all(list(state[1:]))
+
+
+def save_state(
+    path: str | os.PathLike[str], module: nn.Module, optimizers: Sequence[Optimizer], values: dict[str, Any]
+) -> None:
+    """Writes tensors of a module, states of optimizers and random generators, and plain values; whole or not at all."""
+    state = {
+        "format": _FORMAT,
+        "tensors": dict(_tensors(module)),
+        "initialized": {name: each.initialized for name, each in _quantizers(module)},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "random": random_state(),
+        "values": values,
+    }
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(path, content.getvalue())
+
+
+def load_state(
+    path: str | os.PathLike[str], module: nn.Module, optimizers: Sequence[Optimizer], expected: dict[str, Any]
+) -> dict[str, Any]:
+    """Restores what `save_state` wrote, and returns the values.
+
+    Args:
+        expected: values that the file must have, for it to belong here.
+
+    Raises:
+        CheckpointError: the file holds no state, or not one of this module with these values.
+    """
+    state = _read(path)
+    different = [name for name, value in expected.items() if state["values"].get(name) != value]
+    tensors = dict(_tensors(module))
+    if {name: each.shape for name, each in tensors.items()} != {k: t.shape for k, t in state["tensors"].items()}:
+        different.append("layers or candidates")
+    if different:
+        raise CheckpointError(f"{path} is the state of another run: other {', '.join(different)}; remove it, or rename")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(state["tensors"][name])
+    for name, quantizer in _quantizers(module):
+        quantizer.initialized = state["initialized"][name]
+    for optimizer, of_optimizer in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(of_optimizer)
+    set_random_state(state["random"])
+    values: dict[str, Any] = state["values"]
+    return values
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("torch did not write it")
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        if state["format"] != _FORMAT:
+            raise ValueError(f"its format is {state['format']}")
+    except (pickle.UnpicklingError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no state to resume from: {error}; remove it to begin anew") from error
+    return state
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    return ((path, each) for path, each in module.named_modules() if isinstance(each, Quantizer))

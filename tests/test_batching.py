@@ -1,0 +1,41 @@
+"""Cutting batches of any nesting."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saq_fx.batching import batch_size, cut
+from saq_fx.errors import TrainingError
+
+
+@given(samples=st.integers(1, 40), size=st.none() | st.integers(1, 50), fraction=st.floats(0.01, 1.0))
+def test_chunks_make_up_the_batch(samples: int, size: int | None, fraction: float) -> None:
+    batch = {"x": torch.arange(samples), "more": [torch.arange(2 * samples).reshape(samples, 2), "a name"]}
+    seen: list[Tensor] = []
+
+    def closure(batch: dict[str, Tensor]) -> Tensor:
+        assert torch.equal(batch["x"] * 2, batch["more"][0][:, 0])
+        assert batch["more"][1] == "a name"
+        seen.append(batch["x"])
+        return batch["x"].sum()
+
+    parts = cut(closure, (batch,), size, fraction)
+    assert sum(part.share for part in parts) == pytest.approx(1.0)
+    for part in parts:
+        part.first()
+        part.second()
+    assert torch.equal(torch.cat(seen[::2]), torch.arange(samples))
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        assert fraction * len(first) <= len(second) < fraction * len(first) + 1
+        assert torch.equal(first[: len(second)], second)
+
+
+def test_what_cannot_be_cut_is_named() -> None:
+    with pytest.raises(TrainingError, match=r"it has \[\(4,\), \(3, 2\)\]"):
+        batch_size((torch.ones(4), torch.ones(3, 2)))
+    with pytest.raises(TrainingError, match=r"it has \[\(\)\]"):
+        batch_size(torch.tensor(1.0))
+    with pytest.raises(TrainingError, match=r"it has \[\]"):
+        batch_size({"a": 1})

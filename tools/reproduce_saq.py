@@ -1,0 +1,312 @@
+"""SAQ against plain quantization-aware training on scikit-learn's digits: Tables 4 to 7 of the paper, in our figures.
+
+`python tools/reproduce_saq.py [--networks resnet mobilenet vit] [--seeds 5] [--folder benchmarks]`
+
+Every run is kept in `saq_NETWORK.json` as soon as it ends, and not repeated; `saq.md` is made of all that is there.
+The radius rho is chosen per network and bit-width on images used neither for training nor for the test, with seeds
+that the table does not use.
+"""
+
+import argparse
+import copy
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saq_fx.data import Images, accuracy, digits
+from saq_fx.graph import SaqGraphModule
+from saq_fx.networks import SmallMobileNet, SmallResNet, SmallViT
+from saq_fx.parameters import parameter_groups
+from saq_fx.pass_base import Pipeline
+from saq_fx.passes.insert_perturbations import InsertPerturbations, perturbed_weights, zero_deltas
+from saq_fx.precision import write_whole
+from saq_fx.prepare import prepare_saq
+from saq_fx.sharpness import lambda_max, surrogate_gap
+from saq_fx.training import SAQ
+
+BATCH = 50
+POOL = 1000  # images that are not in the test set
+CHOOSING_SEEDS = (100, 101)
+GAP_RADIUS = 0.5
+BITS = ("W2A2", "W4A4")
+EVERY_STEP = {"period": 1}
+METHODS: dict[str, dict[str, Any]] = {
+    "plain QAT": {"losses": "vanilla"},
+    "plain QAT, twice the learning rate": {"losses": "vanilla", "lr_factor": 2},
+    "SAM, then plain QAT": {"losses": "vanilla", "flat_start": True},
+    "case 1": {"case": 1, **EVERY_STEP},
+    "case 2": {"case": 2, **EVERY_STEP},
+    "case 3": {"case": 3, **EVERY_STEP},
+    "case 3, perturbed loss alone": {"losses": "perturbed", **EVERY_STEP},
+    "case 3, period 4": {"period": 4},
+    "case 3, period 4, second pass on half": {"period": 4, "second_pass_fraction": 0.5},
+    "case 3, period 4, second pass on a quarter": {"period": 4, "second_pass_fraction": 0.25},
+    "case 2, a tenth of the radius": {"case": 2, "radius_factor": 0.1, **EVERY_STEP},
+    "case 3, a tenth of the radius": {"case": 3, "radius_factor": 0.1, **EVERY_STEP},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network, and how it is trained in float and in low precision."""
+
+    make: Callable[[], nn.Module]
+    images: int
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
+    float_lr: float
+    float_epochs: int
+    lr: float
+    epochs: int
+    radii: tuple[float, ...]
+
+
+def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """As the paper for convolutional networks."""
+    return torch.optim.SGD(parameter_groups(model, 1e-4), lr, momentum=0.9)
+
+
+def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """As the paper for Transformers."""
+    return torch.optim.AdamW(parameter_groups(model, 0.05), lr)
+
+
+CNN_RADII = (0.1, 0.3, 0.5, 1.0)
+VIT_RADII = (0.02, 0.05, 0.1, 0.3)
+SETTINGS = {
+    "resnet": Setting(SmallResNet, 300, sgd, 0.1, 40, 0.02, 40, CNN_RADII),
+    "mobilenet": Setting(SmallMobileNet, 300, sgd, 0.1, 40, 0.02, 40, CNN_RADII),
+    "vit": Setting(SmallViT, 700, adamw, 3e-3, 40, 1e-3, 20, VIT_RADII),
+}
+
+
+@dataclass
+class Results:
+    """The runs of one network, kept in a file that is written whole after each."""
+
+    path: Path
+    runs: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path) -> "Results":
+        """What is in the file, or nothing yet."""
+        return Results(path, json.loads(path.read_text())["runs"] if path.exists() else {})
+
+    def get(self, key: str, run: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The run's figures: those kept, or those of running it now."""
+        if key not in self.runs:
+            self.runs[key] = run()
+            made = {"date": str(date.today()), "torch": torch.__version__, "machine": platform.machine()}
+            text = json.dumps({"made": made, "runs": self.runs}, indent=1)
+            write_whole(self.path, f"{text}\n".encode())
+            print(f"{key:60} {self.runs[key]}", flush=True)
+        return self.runs[key]
+
+
+@dataclass
+class Bench:
+    """One network's float models and runs."""
+
+    name: str
+    results: Results
+    floats: dict[tuple[int, float], nn.Module] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> Setting:
+        """How this network is trained."""
+        return SETTINGS[self.name]
+
+    def images(self) -> tuple[Images, Images, Images]:
+        """Training, choosing and test images."""
+        pool, test = digits(POOL)
+        count = self.setting.images
+        return Images(pool.x[:count], pool.y[:count]), Images(pool.x[count:], pool.y[count:]), test
+
+    def float_model(self, seed: int, rho: float = 0.0) -> nn.Module:
+        """A model trained in float, by SAM with a radius."""
+        if (seed, rho) not in self.floats:
+            torch.manual_seed(seed)
+            model = self.setting.make()
+            base = self.setting.optimizer(model, self.setting.float_lr)
+            losses = "perturbed" if rho else "vanilla"
+            train(
+                model, SAQ(model, base, rho, period=1, losses=losses), self.images()[0], self.setting.float_epochs, seed
+            )
+            self.floats[seed, rho] = model
+        return self.floats[seed, rho]
+
+    def quantized(
+        self, bits: str, rho: float, seed: int, flat: float, options: dict[str, Any]
+    ) -> tuple[SaqGraphModule, dict[str, float]]:
+        """A quantized model, trained, and what its training took."""
+        options = dict(options)
+        rho *= options.pop("radius_factor", 1)
+        lr = self.setting.lr * options.pop("lr_factor", 1)
+        model = self.float_model(seed, flat if options.pop("flat_start", False) else 0.0)
+        training = self.images()[0]
+        gm = prepare_saq(copy.deepcopy(model).train(), example_inputs=training.x[:256], precision=bits)
+        optimizer = SAQ(gm, self.setting.optimizer(gm, lr), rho, **options)
+        return gm, train(gm, optimizer, training, self.setting.epochs, seed)
+
+    def best_radius(self, name: str, accuracy_at: Callable[[float, int], float]) -> float:
+        """The radius of the best mean accuracy on the choosing images."""
+        found = {}
+        for rho in self.setting.radii:
+            runs = [
+                self.results.get(f"choosing|{name}|{rho}|{s}", lambda r=rho, s=s: {"accuracy": accuracy_at(r, s)})  # type: ignore[misc]
+                for s in CHOOSING_SEEDS
+            ]
+            found[rho] = statistics.mean(run["accuracy"] for run in runs)
+        return max(found, key=lambda rho: found[rho])
+
+    def run(self, seeds: int) -> None:
+        """All methods, bit-widths and seeds."""
+        training, choosing, test = self.images()
+        chosen_on = partial(choosing.batches, BATCH)
+        flat = self.best_radius("float", lambda rho, seed: accuracy(self.float_model(seed, rho), chosen_on()))
+        radii = {
+            bits: self.best_radius(
+                bits,
+                lambda rho, seed, b=bits: accuracy(
+                    self.quantized(b, rho, seed, 0.0, EVERY_STEP)[0], choosing.batches(BATCH)
+                ),  # type: ignore[misc]
+            )
+            for bits in BITS
+        }
+        for seed in range(seeds):
+            for rho, name in ((0.0, "float"), (flat, "float, by SAM")):
+                self.results.get(
+                    f"{name}||{rho}|{seed}",
+                    lambda r=rho, s=seed: {"accuracy": accuracy(self.float_model(s, r), test.batches(BATCH))},  # type: ignore[misc]
+                )
+            for bits, rho in radii.items():
+                for method, options in METHODS.items():
+                    self.results.get(
+                        f"{method}|{bits}|{rho}|{seed}",
+                        lambda b=bits, r=rho, o=options, s=seed: measured(  # type: ignore[misc]
+                            *self.quantized(b, r, s, flat, o), training, test
+                        ),
+                    )
+
+
+def train(model: nn.Module, optimizer: SAQ, training: Images, epochs: int, seed: int) -> dict[str, float]:
+    """Cross-entropy under a cosine schedule. Returns processor seconds per step, and how many weights case 2 moved."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    seconds, shares = [], []
+    for _ in range(epochs):
+        for x, y in training.batches(BATCH, generator):
+            start = time.process_time()
+            optimizer.step(lambda x, y: F.cross_entropy(model(x), y), x, y)
+            seconds.append(time.process_time() - start)
+            if optimizer.last_step is not None and optimizer.last_step.moved_share is not None:
+                shares.append(optimizer.last_step.moved_share)
+        schedule.step()
+    moved = {"moved_share": statistics.mean(shares)} if shares else {}
+    return {"step_seconds": statistics.mean(seconds), **moved}
+
+
+def measured(gm: SaqGraphModule, taken: dict[str, float], training: Images, test: Images) -> dict[str, float]:
+    """Accuracy on the test images; sharpness on the training images, with respect to the quantized weights."""
+    result = {"accuracy": accuracy(gm, test.batches(BATCH)), **taken}
+    Pipeline((InsertPerturbations(case=3),)).run(gm)
+    gm.eval()
+
+    def loss(batch: Images) -> Tensor:
+        return F.cross_entropy(gm(batch.x), batch.y)
+
+    with zero_deltas(perturbed_weights(gm)) as leaves:
+        deltas = [delta for _, delta in leaves]
+        found = lambda_max(loss, [training], deltas, iterations=60, tolerance=1e-2)
+        result |= {"lambda_max": found.value, "lambda_residual": found.residual}
+        result["gap"] = surrogate_gap(loss, [training], deltas, GAP_RADIUS)
+    return result
+
+
+def mean_and_deviation(values: Iterable[float], digits: int = 1) -> str:
+    """`mean ± standard deviation`; the mean alone of a single value."""
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def table(results: Results) -> str:
+    """One network's runs as a markdown table, one row per bit-width and method."""
+    grouped: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
+    for key, run in sorted(results.runs.items(), key=lambda item: position(item[0])):
+        if not key.startswith("choosing"):
+            method, bits, rho, seed = key.split("|")
+            grouped.setdefault((bits, method, rho), {})[seed] = run
+    rows = []
+    for (bits, method, rho), runs in sorted(grouped.items(), key=lambda item: item[0][0]):
+        control = grouped.get((bits, "plain QAT, twice the learning rate", rho), {})
+        ahead = [run["accuracy"] - control[seed]["accuracy"] for seed, run in runs.items() if seed in control]
+        quantized = [run for run in runs.values() if "lambda_max" in run]
+        moved = [run["moved_share"] for run in runs.values() if "moved_share" in run]
+        rows.append(
+            (
+                bits or "float",
+                f"{method}, rho {rho}" if method.startswith("case") or ("SAM" in method and not bits) else method,
+                len(runs),
+                mean_and_deviation(run["accuracy"] for run in runs.values()),
+                standard_error(ahead),
+                mean_and_deviation((run["lambda_max"] for run in quantized), 2) if quantized else "",
+                mean_and_deviation((run["gap"] for run in quantized), 3) if quantized else "",
+                mean_and_deviation(1e3 * run["step_seconds"] for run in quantized) if quantized else "",
+                mean_and_deviation(100 * each for each in moved) if moved else "",
+            )
+        )
+    headers = (
+        "bits", "method", "seeds", "test accuracy, %", "against twice the rate", "lambda_max", f"gap at {GAP_RADIUS}",
+        "ms per step", "moved, %",
+    )  # fmt: skip
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def position(key: str) -> int:
+    """A run's place in the table."""
+    order = ["choosing", "float", "float, by SAM", *METHODS]
+    return order.index(key.split("|")[0])
+
+
+def standard_error(differences: list[float]) -> str:
+    """Mean of paired differences ± its standard error."""
+    if len(differences) < 2:
+        return ""
+    return f"{statistics.mean(differences):+.1f} ± {statistics.stdev(differences) / math.sqrt(len(differences)):.1f}"
+
+
+def main() -> None:
+    """Runs what is missing and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", default=list(SETTINGS), choices=SETTINGS, metavar="NETWORK")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks"))
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # tensors this small only lose by being shared out
+    for name in arguments.networks:
+        Bench(name, Results.read(arguments.folder / f"saq_{name}.json")).run(arguments.seeds)
+    parts = ["# SAQ on digits", "", "Made by `python tools/reproduce_saq.py`.", ""]
+    for name, setting in SETTINGS.items():
+        results = Results.read(arguments.folder / f"saq_{name}.json")
+        if results.runs:
+            parts += [f"## {setting.make.__name__}, {setting.images} training images", "", table(results), ""]
+    write_whole(arguments.folder / "saq.md", "\n".join(parts).encode())
+
+
+if __name__ == "__main__":
+    main()

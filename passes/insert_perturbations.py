@@ -230,27 +230,44 @@ def moved_share(before: Sequence[Tensor], after: Sequence[Tensor]) -> float | No
     return float(moved) / sum(tensor.numel() for tensor in before)
 
 
+Leaf = tuple[Tensor, Tensor]
+"""The tensor whose gradient defines a perturbation and the one by which it enters: one and the same in cases 2, 3."""
+
+
+def make_leaves(weights: Sequence[PerturbedWeight]) -> list[Leaf]:
+    """Tensors for `zero_deltas`, one or two for each weight and of its shape."""
+    leaves = []
+    for weight in weights:
+        delta = _empty(weight)
+        leaves.append((delta if weight.gradient is weight.perturbation else _empty(weight), delta))
+    return leaves
+
+
 @contextmanager
-def zero_deltas(weights: Sequence[PerturbedWeight]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Gives every leaf a zero delta that collects a gradient, and takes them away on leaving.
+def zero_deltas(weights: Sequence[PerturbedWeight], leaves: Sequence[Leaf] | None = None) -> Iterator[Sequence[Leaf]]:
+    """Gives every leaf of the graph a zero delta that collects a gradient, and takes them away on leaving.
 
-    Yields, per weight and of its shape, the tensor whose gradient defines the perturbation and the one by
-    which it enters: the same one in cases 2 and 3. In case 3 they stand for the quantized weights, so that
-    `lambda_max` with respect to them is the sharpness that SAQ lowers.
+    In case 3 they stand for the quantized weights, so that `lambda_max` with respect to them is the sharpness that SAQ
+    lowers.
+
+    Args:
+        leaves: those of an earlier time, whose memory is used again.
     """
-    pairs = []
+    leaves = make_leaves(weights) if leaves is None else leaves
     try:
-        for weight in weights:
-            delta = _zeros(weight)
-            source = delta if weight.gradient is weight.perturbation else _zeros(weight)
-            weight.gradient.delta, weight.perturbation.delta = source, delta
-            pairs.append((source, delta))
-        yield pairs
+        for weight, leaf in zip(weights, leaves, strict=True):
+            for tensor in leaf:
+                tensor.grad = None
+                tensor.detach().zero_()
+            weight.gradient.delta, weight.perturbation.delta = leaf
+        yield leaves
     finally:
-        for weight in weights:
+        for weight, leaf in zip(weights, leaves, strict=True):
             weight.gradient.delta = weight.perturbation.delta = None
+            for tensor in leaf:
+                tensor.grad = None
 
 
-def _zeros(weight: PerturbedWeight) -> Tensor:
+def _empty(weight: PerturbedWeight) -> Tensor:
     like = weight.parameters[0]
-    return torch.zeros(weight.shape, dtype=like.dtype, device=like.device, requires_grad=True)
+    return torch.empty(weight.shape, dtype=like.dtype, device=like.device, requires_grad=True)

@@ -108,6 +108,9 @@ def _pass_between(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
 
 def _level_gradient(grad: Tensor, output: Tensor, passed: Tensor, x: Tensor, level: Tensor) -> Tensor:
     """`sum g (Q/level - x/level)` where the gradient passes, `sum g Q/level` elsewhere."""
+    if level.numel() == 1:  # sums of products that need no memory for the products
+        total = torch.dot(grad.flatten(), output.flatten()) - torch.dot(passed.flatten(), x.flatten())
+        return total.reshape(level.shape) / level
     return (grad * output).sub(passed * x).sum_to_size(level.shape) / level
 
 

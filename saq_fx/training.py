@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -22,6 +22,8 @@ from saq_fx.pass_base import Pipeline
 from saq_fx.passes.insert_perturbations import (
     CASES,
     InsertPerturbations,
+    Leaf,
+    make_leaves,
     moved_share,
     perturbed_weights,
     zero_deltas,
@@ -146,6 +148,7 @@ class SAQ(Optimizer):
         for graph in graphs:
             Pipeline((InsertPerturbations(case),)).run(graph)
         self._weights = [weight for graph in graphs for weight in perturbed_weights(graph)]
+        self._kept_leaves: list[Leaf] = []
         self._behind_quantizer = {parameter for weight in self._weights for parameter in weight.parameters}
 
     def _check_levels(self) -> None:
@@ -304,10 +307,12 @@ class SAQ(Optimizer):
             )
         memory, self._kept, self._kept_norm = self._kept, {}, 0.0
         vanilla, sharp = self._kept, dict[Tensor, Tensor]()
+        # Workers that synchronise and GPUs that replay graphs may write to gradients again.
+        lasting = not self._workers.several and not any(parameter.is_cuda for parameter in self._parameters())
         losses, perturbed_losses, moved = [], [], None
         for part in parts:
             # Each worker perturbs by its own gradient, and they agree on the sums only.
-            with self._workers.unsynchronized(), zero_deltas(self._weights) as leaves:
+            with self._workers.unsynchronized(), zero_deltas(self._weights, self._leaves()) as leaves:
                 random_state = RandomState(self._kinds)
                 self.zero_grad()
                 loss = self._backward(part.first, part.share)
@@ -316,14 +321,14 @@ class SAQ(Optimizer):
                 if not self._workers.all_agree(_all_finite(ascent.norm, loss), loss.device):
                     self._kept = {}
                     return StepStatistics(loss, ascent.norm / self._loss_scale, skipped=True)
-                _add(vanilla, parameters, memory)
+                _add(vanilla, parameters, memory, keep=lasting)
                 before = self._weight_codes()
                 with ascent.climbed(self.rho), preserve_buffers(self._module), random_state.replay():
                     moved = moved_share(before, self._weight_codes())
                     self.zero_grad()
                     perturbed_loss = self._backward(part.second, part.share)
             if len(parts) > 1:
-                _add(sharp, parameters, {})
+                _add(sharp, parameters, {}, keep=lasting)
             losses.append(part.share * loss)
             perturbed_losses.append(part.share * perturbed_loss)
         loss, perturbed_loss = torch.stack(losses).sum(), torch.stack(perturbed_losses).sum()
@@ -363,13 +368,20 @@ class SAQ(Optimizer):
             self._kept_norm = self._norm(g)
         return statistics
 
+    def _leaves(self) -> list[Leaf]:
+        """Kept from step to step: on CPUs, memory that is new costs more than the arithmetic on it."""
+        kinds = [(weight.parameters[0].dtype, weight.parameters[0].device) for weight in self._weights]
+        if kinds != [(delta.dtype, delta.device) for _, delta in self._kept_leaves]:
+            self._kept_leaves = make_leaves(self._weights)
+        return self._kept_leaves
+
     def _weight_codes(self) -> list[Tensor]:
         """The quantized weights in integers, where a perturbation may fail to move them."""
         if self.case != 2 or self._workers.sharded:
             return []
         return [weight.codes() for weight in self._weights]
 
-    def _ascent(self, parameters: list[nn.Parameter], leaves: list[tuple[Tensor, Tensor]]) -> Ascent:
+    def _ascent(self, parameters: list[nn.Parameter], leaves: Sequence[Leaf]) -> Ascent:
         """What is perturbed, and where to, from the gradients at hand."""
         trained = set(parameters)
         active = [not trained.isdisjoint(weight.parameters) for weight in self._weights]
@@ -453,17 +465,20 @@ def _gradient(tensor: Tensor) -> Tensor:
     return local(tensor.grad)
 
 
-def _add(totals: dict[Tensor, Tensor], parameters: list[nn.Parameter], memory: dict[Tensor, Tensor]) -> None:
-    """Adds the parameters' gradients to totals, which begin as copies: what workers synchronise may be overwritten."""
+def _add(
+    totals: dict[Tensor, Tensor], parameters: list[nn.Parameter], memory: dict[Tensor, Tensor], *, keep: bool
+) -> None:
+    """Adds the parameters' gradients to totals, which begin as copies in the memory given, or as those, if kept."""
     known = [parameter for parameter in parameters if parameter in totals]
     new = [parameter for parameter in parameters if parameter not in totals]
     if known:
         torch._foreach_add_([totals[parameter] for parameter in known], [_gradient(parameter) for parameter in known])
-    if new:
-        gradients = [_gradient(parameter) for parameter in new]
+    gradients = [_gradient(parameter) for parameter in new]
+    if new and not keep:
         copies = [memory[p] if p in memory else torch.empty_like(g) for p, g in zip(new, gradients, strict=True)]
         torch._foreach_copy_(copies, gradients)
-        totals.update(zip(new, copies, strict=True))
+        gradients = copies
+    totals.update(zip(new, gradients, strict=True))
 
 
 def _all_finite(norm: float, loss: Tensor) -> bool:

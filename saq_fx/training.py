@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress
 from typing import Any
 
@@ -20,7 +20,6 @@ from saq_fx.parallel import Workers, local
 from saq_fx.parameters import parameter_kinds
 from saq_fx.pass_base import Pipeline
 from saq_fx.passes.insert_perturbations import (
-    CASES,
     InsertPerturbations,
     Leaf,
     make_leaves,
@@ -39,32 +38,7 @@ from saq_fx.sharpness import (
     preserve_buffers,
     scaled_by_size,
 )
-
-LOSSES = ("both", "vanilla", "perturbed")
-PERTURBABLE = ("bias", "norm", "clipping")
-
-
-@dataclass(frozen=True)
-class StepStatistics:
-    """What one step saw; losses are 0-d tensors, means over the batch and over data-parallel workers.
-
-    `cosine` is that of the two gradients g and g_s, `perturbed_gradient_norm` is ||g_s||. `moved_share` is the share of
-    quantized weights that the perturbation moved to another level, in case 2, where rounding can swallow it. These
-    are None where no second pass ran; `cosine` also where a gradient is zero.
-    """
-
-    loss: Tensor
-    gradient_norm: float
-    perturbed_loss: Tensor | None = None
-    perturbed_gradient_norm: float | None = None
-    cosine: float | None = None
-    moved_share: float | None = None
-    skipped: bool = False
-
-    @property
-    def second_pass(self) -> bool:
-        """Whether a second forward and backward pass ran."""
-        return self.perturbed_loss is not None
+from saq_fx.step import StepStatistics, check_cuts, check_options
 
 
 class SAQ(Optimizer):
@@ -123,8 +97,8 @@ class SAQ(Optimizer):
         grad_scaler: GradScaler | None = None,
     ) -> None:
         perturb = (perturb,) if isinstance(perturb, str) else tuple(perturb)
-        _check_options(rho, case, period, beta, losses, perturb)
-        _check_cuts(chunk_size, second_pass_fraction, max_gradient_norm)
+        check_options(rho, case, period, beta, losses, perturb)
+        check_cuts(chunk_size, second_pass_fraction, max_gradient_norm)
         self._module, self._kinds, self._workers = gm, parameter_kinds(gm), Workers.of(gm)
         self._check_levels()
         if adaptive and self._workers.sharded:
@@ -483,29 +457,3 @@ def _add(
 
 def _all_finite(norm: float, loss: Tensor) -> bool:
     return math.isfinite(norm) and math.isfinite(float(loss))
-
-
-def _check_options(rho: float, case: int, period: int, beta: float, losses: str, perturb: Collection[str]) -> None:
-    """Raises TrainingError naming the first option of SAQ that makes no sense."""
-    if not 0 <= rho < math.inf:
-        raise TrainingError(f"rho must be a finite number of at least 0, not {rho}")
-    if case not in CASES:
-        raise TrainingError(f"case must be 1, 2 or 3, not {case!r}")
-    if not (isinstance(period, int) and period >= 1):
-        raise TrainingError(f"period must be a whole number of at least 1, not {period!r}")
-    if not math.isfinite(beta):
-        raise TrainingError(f"beta must be finite, not {beta}")
-    if losses not in LOSSES:
-        raise TrainingError(f"losses must be one of {', '.join(LOSSES)}, not {losses!r}")
-    unknown = sorted(set(perturb) - set(PERTURBABLE))
-    if unknown:
-        raise TrainingError(f"perturb takes {', '.join(PERTURBABLE)}, not {', '.join(unknown)}")
-
-
-def _check_cuts(chunk_size: int | None, second_pass_fraction: float, max_gradient_norm: float | None) -> None:
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
-        raise TrainingError(f"chunk_size must be a number of samples, at least 1, not {chunk_size}")
-    if not 0 < second_pass_fraction <= 1:
-        raise TrainingError(f"second_pass_fraction must be above 0 and at most 1, not {second_pass_fraction}")
-    if max_gradient_norm is not None and not max_gradient_norm > 0:
-        raise TrainingError(f"max_gradient_norm must be above 0, not {max_gradient_norm}")

@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
-    0: "errors precision recipe quantizers mixtures sharpness allocation batching parallel parameters"
+    0: "errors precision recipe fake_quantization quantizers mixtures sharpness allocation batching parallel parameters"
     " training_recipe distillation",
     1: "annotation attention capture dataflow example_values exported graph modes operators pass_base patching "
     "recording rewriting shapes symbolic tracing",
     2: "cost choices report resume two_passes",
-    3: "training",
+    3: "training step",
     4: "__init__ prepare search search_result baselines checkpoint data models networks plots cli demo train_command",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
@@ -24,6 +24,7 @@ BANNED = {
     "saq_fx.errors": "torch",
     "saq_fx.precision": "torch",
     "saq_fx.allocation": "torch",
+    "saq_fx.fake_quantization": "torch.fx",
     "saq_fx.quantizers": "torch.fx",
     "saq_fx.mixtures": "torch.fx",
     "saq_fx.sharpness": "torch.fx",

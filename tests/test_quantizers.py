@@ -14,17 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from saq_fx.errors import CalibrationError, PrecisionError
-from saq_fx.quantizers import (
-    ClipActivationQuantizer,
-    ClipWeightQuantizer,
-    Quantizer,
-    StepQuantizer,
-    clip_activation,
-    clip_weight,
-    integer_range,
-    lsq,
-    lsq_plus,
-)
+from saq_fx.fake_quantization import clip_activation, clip_weight, integer_range, lsq, lsq_plus
+from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
 
 Array = NDArray[np.float64]
 BITS = st.integers(2, 8)

@@ -1,6 +1,7 @@
 """The tracer: one recorded run of a model's forward, with example values where control flow asks for them."""
 
 import copy
+import dataclasses
 import importlib
 import inspect
 import operator
@@ -96,6 +97,10 @@ class SymbolicTracer(fx.Tracer):
         """Lowers an argument; a training flag becomes a node that reads it."""
         if isinstance(a, TrainingMarker):
             return self._flag_node(a.owner)
+        if isinstance(a, dict) and dataclasses.is_dataclass(a):
+            # A dictionary to fx, of which its own type would not come back (the outputs of transformers).
+            items = {name: self.create_arg(value) for name, value in a.items()}
+            return self.create_node("call_function", type(a), (), items)
         try:
             return super().create_arg(a)
         except NotImplementedError:

@@ -1,13 +1,18 @@
 """From model to graph: modes, guards, fixed arguments, and errors that name the place."""
 
+import copy
+import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import ModelOutput
 
 from saq_fx.annotation import record_of
 from saq_fx.errors import TracingError
@@ -237,6 +242,49 @@ def test_functions_may_change_their_lists() -> None:
         assert torch.equal(gm(x), Mutating()(x))
     with pytest.raises(TracingError, match="another path"):
         gm(torch.randn(2, 2))
+
+
+@dataclass
+class Named:
+    logits: Tensor
+    hidden: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class Both(ModelOutput):
+    logits: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None
+
+
+class Returning(nn.Module):
+    """Outputs of a type of its own."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.inner, self.kind = nn.Linear(4, 3), kind
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inner(x)
+        return self.kind(logits=y, hidden=(x, y))
+
+
+@pytest.mark.parametrize("kind", [Named, Both])
+def test_outputs_keep_their_type(kind: Any) -> None:
+    model, x = Returning(kind), torch.randn(2, 4)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    for each in (
+        gm,
+        copy.deepcopy(gm),
+        pickle.loads(pickle.dumps(gm)),
+        torch.compile(gm, backend="eager", fullgraph=True),
+    ):
+        output: Any = each(x)
+        assert type(output) is kind
+        assert torch.equal(output.logits, model(x).logits)
+        assert torch.equal(output.hidden[0], x)
+    if kind is Both:
+        assert list(output) == ["logits", "hidden"]
+        assert output["logits"] is output.logits is output[0]
 
 
 def test_a_model_that_imports_the_compiler_does_not_harm_it() -> None:

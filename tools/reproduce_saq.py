@@ -300,7 +300,14 @@ def main() -> None:
     torch.set_num_threads(1)  # tensors this small only lose by being shared out
     for name in arguments.networks:
         Bench(name, Results.read(arguments.folder / f"saq_{name}.json")).run(arguments.seeds)
-    parts = ["# SAQ on digits", "", "Made by `python tools/reproduce_saq.py`.", ""]
+    parts = [
+        "# SAQ on digits",
+        "",
+        "Made by `python tools/reproduce_saq.py`. lambda_max and the gap are with respect to the quantized weights, on",
+        "the training images. Milliseconds are of one processor thread of a machine that did other things as well: see",
+        "training.md for throughput. Moved: the share of quantized weights that case 2 takes to another level.",
+        "",
+    ]
     for name, setting in SETTINGS.items():
         results = Results.read(arguments.folder / f"saq_{name}.json")
         if results.runs:

@@ -3,8 +3,8 @@
 `python tools/reproduce_saq.py [--networks resnet mobilenet vit] [--seeds 5] [--folder benchmarks]`
 
 Every run is kept in `saq_NETWORK.json` as soon as it ends, and not repeated; `saq.md` is made of all that is there.
-The radius rho is chosen per network and bit-width on images used neither for training nor for the test, with seeds
-that the table does not use.
+The learning rate (of plain training, where a setting has several) and then the radius rho are chosen per network and
+bit-width on images used neither for training nor for the test, with seeds that the table does not use.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ class Setting:
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
     float_lr: float
     float_epochs: int
-    lr: float
+    rates: tuple[float, ...]
     epochs: int
     radii: tuple[float, ...]
 
@@ -85,10 +84,11 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 CNN_RADII = (0.1, 0.3, 0.5, 1.0)
 VIT_RADII = (0.02, 0.05, 0.1, 0.3)
+VIT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SETTINGS = {
-    "resnet": Setting(SmallResNet, 300, sgd, 0.1, 40, 0.02, 40, CNN_RADII),
-    "mobilenet": Setting(SmallMobileNet, 300, sgd, 0.1, 40, 0.02, 40, CNN_RADII),
-    "vit": Setting(SmallViT, 700, adamw, 3e-3, 40, 1e-3, 20, VIT_RADII),
+    "resnet": Setting(SmallResNet, 300, sgd, 0.1, 40, (0.02,), 40, CNN_RADII),
+    "mobilenet": Setting(SmallMobileNet, 300, sgd, 0.1, 40, (0.02,), 40, CNN_RADII),
+    "vit": Setting(SmallViT, 700, adamw, 3e-3, 40, VIT_RATES, 40, VIT_RADII),
 }
 
 
@@ -148,55 +148,63 @@ class Bench:
         return self.floats[seed, rho]
 
     def quantized(
-        self, bits: str, rho: float, seed: int, flat: float, options: dict[str, Any]
+        self, bits: str, lr: float, rho: float, seed: int, flat: float, options: dict[str, Any]
     ) -> tuple[SaqGraphModule, dict[str, float]]:
         """A quantized model, trained, and what its training took."""
         options = dict(options)
         rho *= options.pop("radius_factor", 1)
-        lr = self.setting.lr * options.pop("lr_factor", 1)
+        lr *= options.pop("lr_factor", 1)
         model = self.float_model(seed, flat if options.pop("flat_start", False) else 0.0)
         training = self.images()[0]
         gm = prepare_saq(copy.deepcopy(model).train(), example_inputs=training.x[:256], precision=bits)
         optimizer = SAQ(gm, self.setting.optimizer(gm, lr), rho, **options)
         return gm, train(gm, optimizer, training, self.setting.epochs, seed)
 
-    def best_radius(self, name: str, accuracy_at: Callable[[float, int], float]) -> float:
-        """The radius of the best mean accuracy on the choosing images."""
+    def best(self, name: str, values: tuple[float, ...], accuracy_at: Callable[[float, int], float]) -> float:
+        """The value of the best mean accuracy on the choosing images."""
+        if len(values) == 1:
+            return values[0]
         found = {}
-        for rho in self.setting.radii:
+        for value in values:
             runs = [
-                self.results.get(f"choosing|{name}|{rho}|{s}", lambda r=rho, s=s: {"accuracy": accuracy_at(r, s)})  # type: ignore[misc]
+                self.results.get(f"choosing|{name}|{value}|{s}", lambda v=value, s=s: {"accuracy": accuracy_at(v, s)})  # type: ignore[misc]
                 for s in CHOOSING_SEEDS
             ]
-            found[rho] = statistics.mean(run["accuracy"] for run in runs)
-        return max(found, key=lambda rho: found[rho])
+            found[value] = statistics.mean(run["accuracy"] for run in runs)
+        return max(found, key=lambda value: found[value])
+
+    def chosen(self) -> tuple[float, dict[str, tuple[float, float]]]:
+        """The radius of training in float; the learning rate and the radius at each width."""
+        setting, choosing = self.setting, self.images()[1]
+        flat = self.best(
+            "float", setting.radii, lambda rho, s: accuracy(self.float_model(s, rho), choosing.batches(BATCH))
+        )
+        chosen = {}
+        for bits in BITS:
+
+            def after(lr: float, rho: float, seed: int, options: dict[str, Any], bits: str = bits) -> float:
+                return accuracy(self.quantized(bits, lr, rho, seed, 0.0, options)[0], choosing.batches(BATCH))
+
+            lr = self.best(f"{bits} rate", setting.rates, lambda lr, s: after(lr, 0.0, s, METHODS["plain QAT"]))
+            chosen[bits] = lr, self.best(bits, setting.radii, lambda rho, s, lr=lr: after(lr, rho, s, EVERY_STEP))  # type: ignore[misc]
+        return flat, chosen
 
     def run(self, seeds: int) -> None:
         """All methods, bit-widths and seeds."""
-        training, choosing, test = self.images()
-        chosen_on = partial(choosing.batches, BATCH)
-        flat = self.best_radius("float", lambda rho, seed: accuracy(self.float_model(seed, rho), chosen_on()))
-        radii = {
-            bits: self.best_radius(
-                bits,
-                lambda rho, seed, b=bits: accuracy(
-                    self.quantized(b, rho, seed, 0.0, EVERY_STEP)[0], choosing.batches(BATCH)
-                ),  # type: ignore[misc]
-            )
-            for bits in BITS
-        }
+        training, _, test = self.images()
+        flat, chosen = self.chosen()
         for seed in range(seeds):
             for rho, name in ((0.0, "float"), (flat, "float, by SAM")):
                 self.results.get(
                     f"{name}||{rho}|{seed}",
                     lambda r=rho, s=seed: {"accuracy": accuracy(self.float_model(s, r), test.batches(BATCH))},  # type: ignore[misc]
                 )
-            for bits, rho in radii.items():
+            for bits, (lr, rho) in chosen.items():
                 for method, options in METHODS.items():
                     self.results.get(
                         f"{method}|{bits}|{rho}|{seed}",
-                        lambda b=bits, r=rho, o=options, s=seed: measured(  # type: ignore[misc]
-                            *self.quantized(b, r, s, flat, o), training, test
+                        lambda b=bits, lr=lr, r=rho, o=options, s=seed: measured(  # type: ignore[misc]
+                            *self.quantized(b, lr, r, s, flat, o), training, test
                         ),
                     )
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any, ClassVar
 
 import networkx as nx
@@ -68,7 +69,7 @@ class RelaxPrecision(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Replaces quantizer modules of `gm`; mixtures that are there already stay as they are."""
-        groups = _searchable_groups(gm)
+        groups = searchable_groups(gm)
         free = [layer for group in groups for layer in group]
         patterns = [*self.overrides, *self.equal_operands, *(each for one in self.same_bits for each in _several(one))]
         _check_patterns(patterns, free)
@@ -127,9 +128,12 @@ def _several(patterns: str | Sequence[str]) -> Sequence[str]:
 
 
 def _check(what: str, bits: Bits) -> None:
-    if not bits or len(set(bits)) < len(bits) or not all(MIN_BITS <= each <= MAX_BITS for each in bits):
+    whole = (
+        not isinstance(bits, str) and isinstance(bits, Sequence) and all(isinstance(each, Integral) for each in bits)
+    )
+    if not whole or not bits or len(set(bits)) < len(bits) or not all(MIN_BITS <= each <= MAX_BITS for each in bits):
         raise PrecisionError(
-            f"{what} are {tuple(bits)}: give different widths of {MIN_BITS} to {MAX_BITS} bits, at least one"
+            f"{what} are {bits!r}: give different widths of {MIN_BITS} to {MAX_BITS} bits, at least one"
         )
 
 
@@ -155,7 +159,7 @@ def _matches(layer: LayerAnnotation, pattern: str) -> bool:
     return LayerKey(layer.name, layer.op, layer.module_classes).matches(pattern)
 
 
-def _searchable_groups(gm: SaqGraphModule) -> list[Group]:
+def searchable_groups(gm: SaqGraphModule) -> list[Group]:
     """The layers that share a weight, for every weight that no pin of one of them takes away."""
     groups: dict[str, Group] = defaultdict(list)
     for _, layer in layers(gm):
@@ -169,7 +173,9 @@ def _replace(gm: SaqGraphModule, paths: Iterable[str | None], bits: Bits) -> boo
     plain = {path: each for path, each in quantizers.items() if not isinstance(each, MixtureQuantizer)}
     if plain:
         like = next(next(iter(plain.values())).parameters())
-        logits = nn.Parameter(torch.zeros(len(bits), device=like.device, dtype=like.dtype))
+        # Steps of a search are smaller than what half precision resolves.
+        dtype = torch.promote_types(like.dtype, torch.float)
+        logits = nn.Parameter(torch.zeros(len(bits), device=like.device, dtype=dtype))
         for path, quantizer in plain.items():
             candidates = [copy.deepcopy(quantizer) for _ in bits]
             for candidate, candidate_bits in zip(candidates, bits, strict=True):

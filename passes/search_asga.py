@@ -43,7 +43,11 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Settings of `SearchAsga` that add one ingredient after the other to EdMIPS (CVPR 2020), all under one budget."""
 
-_VALUES = ("steps", "done", "round_start", "round_random", "rho", "mean_gap", "price", "gains")
+_SETTINGS = (
+    "beta", "rho", "rho_range", "alignment", "score", "weight_lr", "logits_lr", "dual_lr",
+    "damping", "final_temperature",
+)  # fmt: skip
+_VALUES = ("done", "round_start", "round_random", "radius", "mean_gap", "price", "gains")
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,27 @@ class SearchAsga(Pass):
             raise PrecisionError("a search needs at least one budget, or a price beta > 0 of the cost")
         if self.score not in SCORES:
             raise PrecisionError(f"there is no score {self.score!r}: use {' or '.join(map(repr, SCORES))}")
+        smallest, largest = self.rho_range
+        for name, valid, form in (
+            ("beta", 0 <= self.beta < math.inf, "0 or a positive number"),
+            ("steps", self.steps is None or isinstance(self.steps, int), "a whole number, or None"),
+            ("rho", 0 <= self.rho < math.inf, "0 or a positive radius"),
+            ("rho_range", 0 <= smallest <= largest < math.inf, "the smallest and the largest radius"),
+            ("alignment", self.alignment is None or math.isfinite(self.alignment), "a number, or None"),
+            ("weight_lr", 0 <= self.weight_lr < math.inf, "0 or a positive number"),
+            ("logits_lr", 0 <= self.logits_lr < math.inf, "0 or a positive number"),
+            ("dual_lr", 0 <= self.dual_lr < math.inf, "0 or a positive number"),
+            ("damping", 0 <= self.damping < math.inf, "0 or a positive number"),
+            ("final_temperature", 0 < self.final_temperature < math.inf, "a positive number"),
+            ("checkpoint_steps", self.checkpoint_steps >= 1, "at least one"),
+            (
+                "checkpoint",
+                self.checkpoint is None or Path(self.checkpoint).parent.is_dir(),
+                "a file in a folder that exists",
+            ),
+        ):
+            if not valid:
+                raise TrainingError(f"{name} of a search is {getattr(self, name)!r}: give {form}")
 
     def run(self, gm: SaqGraphModule) -> SearchPassResult:
         """Trains `gm`, whose graph stays as it is.
@@ -212,11 +237,10 @@ class _Search:
         self.logits = [mixture.logits for mixture in self.mixtures.values()]
         self.passes = TwoPasses(gm, weight_mixtures(gm))
         weights = [each for each in self.passes.parameters if each not in set(self.logits)]
-        self.optimizers = (
-            torch.optim.SGD(weights, options.weight_lr, momentum=MOMENTUM),
-            torch.optim.Adam(self.logits, options.logits_lr),
-        )
-        self.rho, self.mean_gap, self.price = options.rho, 0.0, 0.0
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(self.logits, options.logits_lr)]
+        if weights:  # else all is frozen, and the bits alone are searched
+            self.optimizers.append(torch.optim.SGD(weights, options.weight_lr, momentum=MOMENTUM))
+        self.radius, self.mean_gap, self.price = options.rho, 0.0, 0.0
         self.gains = [torch.zeros_like(logits) for logits in self.logits]
         self.history: list[SearchStep] = []
         self.round_start, self.round_random = 0, random_state()
@@ -255,13 +279,13 @@ class _Search:
             if isinstance(module, MixtureQuantizer):
                 module.temperature = temperature
         try:
-            losses = self.passes.run(closure, self.rho, self.options.alignment)
+            losses = self.passes.run(closure, self.radius, self.options.alignment)
         except TrainingError as error:
             raise TrainingError(f"step {self.done + 1} of the search: {error}") from error
         self._count_gains()
         trajectory = self._trajectory()
         cost = self._descend()
-        gap, rho, price = max(0.0, losses.perturbed_loss - losses.loss), self.rho, self.price
+        gap, rho, price = max(0.0, losses.perturbed_loss - losses.loss), self.radius, self.price
         self._adapt(gap, cost)
         step = SearchStep(
             losses.loss,
@@ -305,18 +329,21 @@ class _Search:
     def _adapt(self, gap: float, cost: float) -> None:
         """The radius and the price for the next step."""
         self.mean_gap = gap if self.done == 0 else SMOOTHING * self.mean_gap + (1 - SMOOTHING) * gap
-        if self.rho > 0:
+        if self.radius > 0:
             smallest, largest = self.options.rho_range
-            self.rho = min(max(math.log1p(self.mean_gap), smallest), largest)
+            self.radius = min(max(math.log1p(self.mean_gap), smallest), largest)
         self.price += self.options.dual_lr * (cost - 1)
         self.done += 1
 
     def _warn_if_still(self) -> None:
-        """Warns, once, if no logit has moved for many steps: nothing then is being searched."""
+        """Warns if no logit has moved for many steps: nothing then is being searched."""
         if self.done % STILL_STEPS or self.done < STILL_STEPS:
             return
-        before, now = (self.history[index].logits for index in (-STILL_STEPS, -1))
-        if all(max(map(abs, map(float.__sub__, now[name], before[name]))) < STILL_CHANGE for name in now):
+        before, now = (
+            {name: each for name, each in self.history[index].logits.items() if len(each) > 1}
+            for index in (-STILL_STEPS, -1)
+        )
+        if now and all(max(map(abs, map(float.__sub__, now[name], before[name]))) < STILL_CHANGE for name in now):
             warnings.warn(
                 f"the search stands still: no logit moved by {STILL_CHANGE} in the last {STILL_STEPS} of {self.done} "
                 "steps. Raise logits_lr, or see whether the loss depends on the quantized layers.",
@@ -334,9 +361,20 @@ class _Search:
             found.append(tuple((gain - self.options.beta * _FLOAT_SHARE * costs[:, 0]).tolist()))
         return tuple(found)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes two searches different ones."""
+        return {
+            "steps": self.steps,
+            "candidates": {name: list(mixture.candidates) for name, mixture in self.mixtures.items()},
+            "budgets": list(map(str, self.options.budgets)),
+            **{name: getattr(self.options, name) for name in _SETTINGS},
+        }
+
     def save(self) -> None:
         """Writes all that the steps to come depend on."""
         values = {
+            **self.settings,
             **{name: getattr(self, name) for name in _VALUES},
             "history": [asdict(step) for step in self.history],
         }
@@ -344,10 +382,10 @@ class _Search:
 
     def resume(self) -> None:
         """Goes on from what `save` wrote."""
-        values = load_state(self.options.checkpoint or "", self.gm, self.optimizers, {"steps": self.steps})
-        values["history"] = list(map(SearchStep.from_dict, values["history"]))
-        for name, value in values.items():
-            setattr(self, name, value)
+        values = load_state(self.options.checkpoint or "", self.gm, self.optimizers, self.settings)
+        self.history = list(map(SearchStep.from_dict, values["history"]))
+        for name in _VALUES:
+            setattr(self, name, values[name])
 
     def _trajectory(self) -> dict[str, dict[str, Any]]:
         """Logits and expected bits of every choice and operand, by name."""

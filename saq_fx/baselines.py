@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saq_fx.errors import TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.passes.relax_precision import CANDIDATES
@@ -16,6 +17,8 @@ from saq_fx.search import Candidates, SearchSpace, relaxation
 from saq_fx.search_result import Budgets, SearchResult
 from saq_fx.shapes import evaluating
 from saq_fx.tracing import split_inputs
+
+_USED = 0.95  # of a budget: more bits than that are left to chance
 
 
 def measure_sensitivity(
@@ -33,6 +36,8 @@ def measure_sensitivity(
     """
     space = SearchSpace(gm, budget, candidates)
     batches = list(batches)
+    if not batches:
+        raise TrainingError("sensitivity is measured on batches, and there are none: pass at least one")
 
     def loss() -> Tensor:
         losses = []
@@ -75,9 +80,16 @@ def best_uniform(gm: SaqGraphModule, *, budget: Budgets, candidates: Candidates 
 def draw_random(
     gm: SaqGraphModule, *, budget: Budgets, candidates: Candidates = CANDIDATES, seed: int = 0
 ) -> SearchResult:
-    """Scores every choice at random: the policy is a random one of those that use the budget.
+    """Scores every choice at random, wide precisions higher where the policy would leave the budget unused.
 
     Arguments and errors are those of `search_precision`.
     """
     space, rng = SearchSpace(gm, budget, candidates), np.random.default_rng(seed)
-    return space.result([tuple(rng.normal(size=len(each.precisions())).tolist()) for each in space.choices])
+    widths = [np.array([p.weight * p.activation for p in each.precisions()]) for each in space.choices]
+    drawn = [rng.normal(size=len(each)) for each in widths]
+    for preference in (0.0, *np.geomspace(0.5, 128, 9)):
+        scores = (noise + preference * width / width.max() for noise, width in zip(drawn, widths, strict=True))
+        result = space.result([tuple(each.tolist()) for each in scores])
+        if result.budget_used >= _USED:
+            break
+    return result

@@ -84,7 +84,7 @@ def _report(model: str, shape: str, precision: str, policy: Path | None, style: 
 
     try:
         example = torch.zeros([int(size) for size in shape.split(",")])
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise SaqError(f"--shape {shape!r} is not a list of sizes like 1,3,224,224") from error
     wanted = Policy.load(policy) if policy is not None else None if precision == "float" else precision
     result = precision_report(prepare_saq(build(model).eval(), example_inputs=example, precision=wanted))
@@ -104,6 +104,6 @@ def main() -> None:
     """Runs the command line; errors of the user's input are one line on stderr and exit code 1."""
     try:
         _app()()
-    except SaqError as error:
+    except (SaqError, OSError) as error:
         print(f"saq-fx: {error}", file=sys.stderr)
         sys.exit(1)

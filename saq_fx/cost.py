@@ -7,7 +7,7 @@ counts 32 bits (SAQ, arXiv 2111.12273, Sec. 5; EdMIPS, arXiv 2004.05795, Sec. 4)
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
@@ -86,8 +86,13 @@ class LayerCost:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "LayerCost":
-        """The inverse of `to_dict`; raises CheckpointError on fields that it does not know or lacks."""
+        """The inverse of `to_dict`; raises CheckpointError on fields that it does not know, lacks or cannot read."""
+        if not isinstance(data, Mapping):
+            raise CheckpointError(f"no layer of a cost table: {data!r}")
         values = dict(data)
+        for key in _COUNTS & values.keys():
+            if type(values[key]) is not int or values[key] < 0:
+                raise CheckpointError(f"no layer of a cost table: {key!r} is {values[key]!r}, not a count")
         for key in ("pinned", "precision"):
             values[key] = None if values.get(key) is None else Precision.parse(values[key])
         values["module_classes"] = tuple(values.get("module_classes", ()))
@@ -96,6 +101,8 @@ class LayerCost:
         except TypeError as error:
             raise CheckpointError(f"no layer of a cost table: {error}") from error
 
+
+_COUNTS = {field.name for field in fields(LayerCost) if field.type in (int, "int")}
 
 Assignment = Mapping[str, Precision]
 Candidates = Mapping[str, Sequence[Precision]]
@@ -141,11 +148,17 @@ class CostTable:
         return {layer.name: layer.effective(layer.pinned or precision) for layer in self}
 
     def regrouped(self, group_of: Mapping[str, str]) -> "CostTable":
-        """The same layers in other groups: layer name -> group. Layers of a pinned group, or not named, stay."""
+        """The same layers in other groups, given layer name -> any name of its group.
+
+        A group is named after its first layer. Layers of a pinned group, or not in the mapping, stay where they are.
+        """
         free = {group for group, found in self.groups.items() if all(layer.pinned is None for layer in found)}
+        first: dict[str, str] = {}
         return CostTable(
             tuple(
-                replace(layer, group=group_of[layer.name]) if layer.group in free and layer.name in group_of else layer
+                replace(layer, group=first.setdefault(group_of[layer.name], layer.name))
+                if layer.group in free and layer.name in group_of
+                else layer
                 for layer in self
             )
         )
@@ -160,7 +173,7 @@ class CostTable:
             if group not in self.groups:
                 raise PatternError(_unknown("group", group, list(self.groups)))
         return {
-            group: tuple(candidates.get(group, ())) or (found[0].pinned or found[0].assigned,)
+            group: tuple(candidates.get(group, ())) or (_pin(found) or found[0].assigned,)
             for group, found in self.groups.items()
         }
 
@@ -223,6 +236,10 @@ class CostTable:
         if not isinstance(data.get("layers"), list):
             raise CheckpointError("no cost table: field 'layers' should be a list")
         return CostTable(tuple(LayerCost.from_dict(layer) for layer in data["layers"]))
+
+
+def _pin(layers: Iterable[LayerCost]) -> Precision | None:
+    return next((layer.pinned for layer in layers if layer.pinned is not None), None)
 
 
 def cost_table(gm: fx.GraphModule) -> CostTable:

@@ -186,10 +186,11 @@ def _read_bits(gm: Any, incompatible_keys: Any) -> None:
     for node, layer in layers(gm):
         if layer.precision is None or layer.weight_quantizer is None:
             continue
-        weight = gm.get_submodule(layer.weight_quantizer).bits
-        activation = layer.precision.activation
+        weight, activation = layer.precision.weight, layer.precision.activation
+        # A mixture has no bits of its own: the annotation keeps those of before the search.
+        weight = getattr(gm.get_submodule(layer.weight_quantizer), "bits", weight)
         if layer.input_quantizer is not None:
-            activation = gm.get_submodule(layer.input_quantizer).bits
+            activation = getattr(gm.get_submodule(layer.input_quantizer), "bits", activation)
         annotation.update(node, precision=Precision(weight, activation))
 
 

@@ -38,8 +38,10 @@ class HeldMixture:
             # Without the hooks of activation checkpointing, since what it runs again finds the mixture held.
             with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
                 self.mixed = mixture.mix(x, memory.detach() if memory is not None and fits else None)
-            if memory is None or self.mixed.data_ptr() != memory.data_ptr():
+            if memory is None or not fits:
                 self.leaf = self.mixed.detach().requires_grad_()
+            else:
+                memory.data = self.mixed.detach()  # the leaf stays the same one wherever the mixture was written
         assert self.leaf is not None
         return self.leaf
 
@@ -121,15 +123,15 @@ class MixtureQuantizer(nn.Module):
     def _mix_by_blocks(self, x: Tensor, memory: Tensor | None) -> Tensor:
         quantizers: list[Any] = list(self.quantizers)
         for quantizer in quantizers:
-            if not quantizer.initialized:
-                quantizer.initialize(x.detach())
+            quantizer.initialize_once(x)
         smallest = torch.cat([quantizer.smallest_level for quantizer in quantizers])
         levels = guarded(torch.cat([quantizer.level for quantizer in quantizers]), smallest)
         center = 0.0
         if getattr(quantizers[0], "normalize", False):
             mean = x.detach().mean()
             center, std = float(mean), deviation(torch.sub(x.detach(), mean, out=memory))
-            levels = levels * std
+            # A constant tensor has next to no deviation; the rates of its grids must be finite all the same.
+            levels = (levels * std).clamp_min(math.sqrt(torch.finfo(x.dtype).tiny))
         offset = getattr(quantizers[0], "offset", None)
         offsets = None if offset is None else torch.cat([quantizer.offset for quantizer in quantizers])
         grids = tuple(_Grid.of(quantizer) for quantizer in quantizers)

@@ -3,14 +3,13 @@
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from saq_fx.annotation import LayerAnnotation, record_of
 from saq_fx.capture import capture
-from saq_fx.errors import CalibrationError, PrecisionError, SaqError
+from saq_fx.errors import CalibrationError, PassError, PrecisionError, SaqError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.pass_base import Pipeline, check_facts
 from saq_fx.passes.annotate_layers import AnnotateLayers
@@ -101,7 +100,7 @@ def apply_policy(gm: SaqGraphModule, policy: Policy | Precision | str) -> None:
 
     Raises:
         PatternError: a name or pattern that matches no layer.
-        PassError: the graph was prepared with precision=None.
+        PassError: the graph was prepared with precision=None, or is relaxed for a search.
     """
     check_facts(gm, frozenset({"annotations", "quantizers"}), "apply_policy")
     policy = policy if isinstance(policy, Policy) else Policy.uniform(policy)
@@ -121,7 +120,12 @@ def layer_quantizers(gm: SaqGraphModule, layer: LayerAnnotation) -> Iterable[tup
     )
     for path, bits in pairs:
         if path is not None:
-            quantizer: Any = gm.get_submodule(path)
+            quantizer = gm.get_submodule(path)
+            if not isinstance(quantizer, Quantizer):
+                raise PassError(
+                    f"layer {layer.name} has a {type(quantizer).__name__} for a quantizer, since its bits are being "
+                    "searched: use the graph that was searched a copy of"
+                )
             yield quantizer, bits
 
 

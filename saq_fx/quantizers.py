@@ -66,10 +66,14 @@ class Quantizer(nn.Module):
         """The quantized tensor, of the shape and type of `x`."""
         if self.bits == FLOAT_BITS:
             return x
+        self.initialize_once(x)
+        return self.quantize(x)
+
+    def initialize_once(self, x: Tensor) -> None:
+        """Fits levels that have not been set; not to values that are not finite."""
         # Detached, or a checkpoint would save more in the first run than in the second.
         if not self.initialized and bool(torch.isfinite(x.detach()).all()):
             self.initialize(x.detach())
-        return self.quantize(x)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Quantizes by the current levels."""

@@ -16,6 +16,7 @@ from saq_fx.precision import write_whole
 from saq_fx.quantizers import Quantizer
 
 _FORMAT = "saq_fx.state.1"
+_PARTS = {"format", "tensors", "initialized", "optimizers", "random", "values"}
 
 
 def random_state() -> list[Tensor]:
@@ -62,7 +63,7 @@ def load_state(
     different = [name for name, value in expected.items() if state["values"].get(name) != value]
     tensors = dict(_tensors(module))
     if {name: each.shape for name, each in tensors.items()} != {k: t.shape for k, t in state["tensors"].items()}:
-        different.append("layers or candidates")
+        different.append("layers")
     if different:
         raise CheckpointError(f"{path} is the state of another run: other {', '.join(different)}; remove it, or rename")
     with torch.no_grad():
@@ -84,6 +85,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         if state["format"] != _FORMAT:
             raise ValueError(f"its format is {state['format']}")
+        if missing := _PARTS - state.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (pickle.UnpicklingError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds no state to resume from: {error}; remove it to begin anew") from error
     return state

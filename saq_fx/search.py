@@ -14,7 +14,7 @@ from saq_fx.cost import cost_table
 from saq_fx.errors import PrecisionError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.pass_base import Pipeline, check_facts
-from saq_fx.passes.relax_precision import CANDIDATES, OPERANDS, RelaxPrecision
+from saq_fx.passes.relax_precision import CANDIDATES, OPERANDS, RelaxPrecision, searchable_groups
 from saq_fx.passes.search_asga import Batch, LossFunction, SearchAsga, SearchStep
 from saq_fx.precision import Budget
 from saq_fx.search_result import Budgets, ScoredChoice, SearchResult
@@ -82,12 +82,12 @@ class SearchSpace:
 
     def __init__(self, gm: SaqGraphModule, budget: Budgets, candidates: Candidates) -> None:
         check_facts(gm, frozenset({"annotations", "shapes", "quantizers"}), "a search of bits")
-        self.budgets = tuple(map(Budget.parse, [budget] if isinstance(budget, Budget | str) else budget))
+        self.budgets = tuple(map(Budget.parse, budget if isinstance(budget, list | tuple) else [budget]))
+        if not searchable_groups(gm):
+            raise PrecisionError("every layer is pinned: there is nothing to search")
         self.relaxed = copy.deepcopy(gm)
         Pipeline((relaxation(candidates),)).run(self.relaxed)
         self.choices = choices(self.relaxed)
-        if not self.choices:
-            raise PrecisionError("every layer is pinned: there is nothing to search")
         self.costs = cost_table(gm).regrouped({layer: each.name for each in self.choices for layer in each.layers})
         unscored = self.result([(0.0,) * len(choice.precisions()) for choice in self.choices])
         ranges = zip(self.budgets, unscored.feasible_budgets(), strict=False)
@@ -110,7 +110,7 @@ def relaxation(candidates: Candidates) -> RelaxPrecision:
     if isinstance(candidates, RelaxPrecision):
         return candidates
     if not isinstance(candidates, Mapping):
-        return RelaxPrecision(tuple(candidates), tuple(candidates))
+        return RelaxPrecision(candidates, candidates)
     overrides = {key: bits for key, bits in candidates.items() if key not in OPERANDS}
-    weight, activation = (tuple(candidates.get(operand, CANDIDATES)) for operand in OPERANDS)
+    weight, activation = (candidates.get(operand, CANDIDATES) for operand in OPERANDS)
     return RelaxPrecision(weight, activation, overrides)

@@ -11,7 +11,7 @@ from typing import Any
 
 from saq_fx.allocation import allocate_under, frontier
 from saq_fx.cost import CostTable, budget_constraints, feasible_range
-from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, SaqError
+from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, SaqError
 from saq_fx.passes.search_asga import SearchStep
 from saq_fx.precision import Budget, Policy, Precision, write_whole
 
@@ -30,10 +30,17 @@ class ScoredChoice:
     precisions: tuple[Precision, ...]
     scores: tuple[float, ...]
 
-    def without(self, precision: Precision) -> "ScoredChoice":
+    def __post_init__(self) -> None:
+        if len(self.scores) != len(self.precisions) or len(set(self.precisions)) < len(self.precisions):
+            raise PrecisionError(f"choice {self.group!r}: give different precisions, and a score for each")
+        if any(map(math.isnan, self.scores)):
+            raise PrecisionError(f"choice {self.group!r} has a score that is no number")
+
+    def without(self, index: int) -> "ScoredChoice":
         """The same choice with one precision less."""
-        scores = {each: score for each, score in zip(self.precisions, self.scores, strict=True) if each != precision}
-        return replace(self, precisions=tuple(scores), scores=tuple(scores.values()))
+        precisions, scores = list(self.precisions), list(self.scores)
+        del precisions[index], scores[index]
+        return replace(self, precisions=tuple(precisions), scores=tuple(scores))
 
 
 Scored = Mapping[str, ScoredChoice]
@@ -100,6 +107,15 @@ class SearchResult:
         ]
 
     @cached_property
+    def budget_used(self) -> float:
+        """The share that the policy takes of the search's budget; of several, the largest."""
+        scored = self._scored_groups(self.costs)
+        chosen = _solve(self.budgets, self.costs, scored)
+        constraints = budget_constraints(self.budgets, self.costs, _precisions(scored))
+        totals = (sum(row[index] for row, index in zip(each.costs, chosen, strict=True)) for each in constraints)
+        return max(total / each.limit for total, each in zip(totals, constraints, strict=True))
+
+    @cached_property
     def margins(self) -> dict[str, float]:
         """Layer -> how sure its choice is under the search's budget, in loss.
 
@@ -107,10 +123,11 @@ class SearchResult:
         budget leaves no other.
         """
         scored = self._scored_groups(self.costs)
-        best, margins = self._best_score(scored), {}
+        chosen = dict(zip(self.costs.groups, _solve(self.budgets, self.costs, scored), strict=True))
+        best, margins = _total_score(scored, chosen), {}
         for group, choice in scored.items():
-            others = choice.without(self.policy[choice.layers[0]])
-            margins.update(dict.fromkeys(choice.layers, best - self._best_score({**scored, group: others})))
+            others = {**scored, group: choice.without(chosen[group])}
+            margins.update(dict.fromkeys(choice.layers, best - self._best_score(others)))
         return margins
 
     def _costs(self, costs: CostTable | None) -> CostTable:
@@ -127,7 +144,7 @@ class SearchResult:
             chosen = dict(zip(self.costs.groups, _solve(self.budgets, self.costs, scored), strict=True))
         except InfeasibleBudgetError:
             return -math.inf
-        return math.fsum(choice.scores[chosen[group]] for group, choice in scored.items())
+        return _total_score(scored, chosen)
 
     def _scored_groups(self, costs: CostTable) -> dict[str, ScoredChoice]:
         """Group of `costs` -> the choice that its layers have, for all that no pin decides."""
@@ -168,7 +185,7 @@ class SearchResult:
         """Reads what `save` wrote; raises CheckpointError for anything else."""
         try:
             data = json.loads(Path(path).read_text())
-            if data["format"] != _FORMAT or data["version"] > _VERSION:
+            if data["format"] != _FORMAT or data["version"] != _VERSION:
                 raise CheckpointError(f"{path} holds {data['format']} version {data['version']}, not a search result")
             return SearchResult(
                 budgets=tuple(map(Budget.parse, data["budgets"])),
@@ -193,6 +210,10 @@ def _precisions(scored: Scored) -> dict[str, tuple[Precision, ...]]:
 
 def _scores(costs: CostTable, scored: Scored) -> list[list[float]]:
     return [list(scored[group].scores) if group in scored else [0.0] for group in costs.groups]
+
+
+def _total_score(scored: Scored, chosen: Mapping[str, int]) -> float:
+    return math.fsum(choice.scores[chosen[group]] for group, choice in scored.items())
 
 
 def _solve(budget: Budgets, costs: CostTable, scored: Scored) -> list[int]:

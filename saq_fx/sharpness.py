@@ -112,7 +112,8 @@ class Buffers:
             owner._buffers.clear()
             owner._buffers.update(buffers)
         if self._buffers:
-            torch._foreach_copy_(self._buffers, self._saved)
+            # As data: what an earlier forward keeps of them for its gradients is right again, and must count as such.
+            torch._foreach_copy_([buffer.data for buffer in self._buffers], self._saved)
 
 
 @contextmanager

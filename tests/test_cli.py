@@ -136,3 +136,13 @@ def test_settings_of_the_paper() -> None:
     assert (small.precision, small.offsets) == ("W2A2", False)
     assert (mobile.precision, mobile.offsets) == ("W4A4", True)
     assert (default.recipe, default.precision) == (TrainingRecipe(batch_size=64), "W4A4")
+
+
+def test_report_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["report", "torchvision:resnet18", "--shape"]
+    assert run(monkeypatch, *command, "1,3,32,32", "--policy", str(tmp_path / "absent.json")) == 1
+    assert "absent.json" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "1,-3,32,32") == 1
+    assert "is not a list of sizes" in capsys.readouterr().err

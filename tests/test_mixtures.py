@@ -91,3 +91,15 @@ def test_expected_bits() -> None:
 def test_bad_candidates_are_named(bits: tuple[int, ...], logits: list[float]) -> None:
     with pytest.raises(PrecisionError, match="different widths"):
         mixture("weights", bits, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.double])
+def test_a_constant_weight_is_mixed_like_any_other(dtype: torch.dtype) -> None:
+    quantizers = [ClipWeightQuantizer(bits, normalize=True, dtype=dtype) for bits in (2, 3, 4)]
+    mixed = MixtureQuantizer(quantizers, nn.Parameter(torch.zeros(3, dtype=dtype)))
+    for x in (torch.zeros(4, 5, dtype=dtype), torch.full((1,), 0.3, dtype=dtype)):
+        x.requires_grad_()
+        y = mixed(x)
+        assert y.abs().max() < 1e-15  # as normalized: what is constant is no signal
+        y.sum().backward()
+        assert all(torch.isfinite(each.grad).all() for each in (x, mixed.logits, *mixed.parameters()))

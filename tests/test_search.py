@@ -18,11 +18,12 @@ from torch.nn import functional as F
 import saq_fx
 from saq_fx import Budget, Policy, Precision, cost_table, prepare_saq, search_precision
 from saq_fx.baselines import best_uniform, draw_random, measure_sensitivity
-from saq_fx.cost import feasible_range
+from saq_fx.cost import CostTable, feasible_range
 from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, TrainingError
 from saq_fx.graph import layers
 from saq_fx.networks import SmallResNet
 from saq_fx.passes.relax_precision import RelaxPrecision
+from saq_fx.recipe import Recipe
 from saq_fx.search import SearchResult
 from saq_fx.tracing import split_inputs
 from tests.test_prepare import tensors
@@ -232,6 +233,41 @@ def test_bad_arguments_are_named(gm: Any) -> None:
         search_precision(gm, batches(), F.cross_entropy, budget="avg4", candidates={"wieght": (2, 4)})
     with pytest.raises(TrainingError, match="ran out after 4 of 5 steps"):
         search_precision(gm, iter(batches()), F.cross_entropy, budget="avg4", steps=5)
+    with pytest.raises(TrainingError, match="there are none"):
+        measure_sensitivity(gm, [], F.cross_entropy, budget="avg4")
+    for candidates in (4, "24", {"weight": 4}, (2, 2.5)):
+        with pytest.raises(PrecisionError, match="different widths of 2 to 8 bits"):
+            search_precision(gm, batches(), F.cross_entropy, budget="avg4", candidates=candidates)
+    for budget in (None, 5):
+        with pytest.raises(PrecisionError, match="is no budget"):
+            search_precision(gm, batches(), F.cross_entropy, budget=budget)
+    with pytest.raises(PrecisionError, match="every layer is pinned"):
+        best_uniform(prepare_saq(nn.Linear(4, 4), example_inputs=torch.randn(2, 4)), budget="avg8")
+
+
+def test_margins_of_a_choice_whose_first_layer_reads_the_input() -> None:
+    gm = prepare_saq(SmallResNet(4), example_inputs=torch.randn(8, 1, 8, 8), recipe=Recipe(first_last=None))
+    space = RelaxPrecision((2, 4), (2, 4), same_bits=[("stem", "block1.conv1")])
+    found = search_precision(gm, batches(), F.cross_entropy, budget="0.1xW8A8", candidates=space, steps=1)
+    (choice,) = (each for each in found.choices if "stem" in each.layers)
+    chosen = choice.precisions.index(found.policy["block1.conv1"])
+    others = [score for index, score in enumerate(choice.scores) if index != chosen]
+    plenty = replace(found, budgets=(Budget.ratio(1.0),))
+    assert plenty.margins["stem"] == pytest.approx(max(choice.scores) - sorted(choice.scores)[-2])
+    assert (len(others), set(found.margins)) == (3, {layer.name for layer in found.costs})
+
+
+def test_a_pin_of_the_target_frees_the_others_of_its_choice(gm: Any) -> None:
+    space = RelaxPrecision(same_bits=["block1.*"])
+    found = search_precision(gm, batches(), F.cross_entropy, budget="0.3xW8A8", candidates=space, steps=2)
+    for pinned, free in (("block1.conv1", "block1.conv2"), ("block1.conv2", "block1.conv1")):
+        for order in (1, -1):
+            layers_ = [
+                replace(each, pinned=Precision(8, 8)) if each.name == pinned else each for each in cost_table(gm).layers
+            ]
+            policy = found.policy_for("0.4xW8A8", costs=CostTable(tuple(layers_[::order])))
+            assert policy[pinned] == Precision(8, 8)
+            assert policy[free].weight in CANDIDATES
 
 
 def test_shared_choices_hold_in_every_policy(gm: Any) -> None:
@@ -281,6 +317,13 @@ def test_random_policies_differ_and_use_the_budget(gm: Any) -> None:
     assert found[0].policy == found[1].policy != found[2].policy
     limit = 0.15 * found[0].costs.total_bitops(found[0].costs.uniform(Precision(8, 8)))
     assert all(0.9 * limit < total_bitops(each, each.policy) <= limit for each in found)
+
+
+@pytest.mark.parametrize("budget", ["0.12xW8A8", "0.3xW8A8", "0.45xW8A8", "2kB", ["0.3xW8A8", "2kB"]])
+def test_random_policies_use_any_budget(gm: Any, budget: Any) -> None:
+    found = [draw_random(gm, budget=budget, seed=seed) for seed in range(5)]
+    assert all(0.95 <= each.budget_used <= 1 for each in found)
+    assert len({str(dict(each.policy)) for each in found}) == 5
 
 
 def test_policies_found_by_others_can_be_loaded(gm: Any, tmp_path: Path) -> None:

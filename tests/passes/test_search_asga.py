@@ -22,8 +22,9 @@ from saq_fx.networks import SmallResNet
 from saq_fx.passes.relax_precision import RelaxPrecision
 from saq_fx.passes.search_asga import ABLATIONS, STILL_STEPS, SearchAsga, SearchStep
 from saq_fx.precision import Budget, Precision
-from saq_fx.prepare import prepare_saq
+from saq_fx.prepare import apply_policy, prepare_saq
 from saq_fx.recipe import Recipe
+from saq_fx.two_passes import TwoPasses
 from tests.zoo import ZOO
 
 BITS = (2, 3, 5)
@@ -381,8 +382,11 @@ def test_a_state_of_another_search_is_refused(tmp_path: Path) -> None:
         replace(options, steps=3).run(small_resnet())
     gm = prepare_saq(SmallResNet(4), example_inputs=torch.randn(16, 1, 8, 8))
     RelaxPrecision((2, 4)).run(gm)
-    with pytest.raises(CheckpointError, match="another run: other layers or candidates"):
+    with pytest.raises(CheckpointError, match="another run: other candidates"):
         options.run(gm)
+    for changes in ({"budgets": (Budget.ratio(0.3),)}, {"score": "probability"}, {"alignment": None}, {"beta": 1.0}):
+        with pytest.raises(CheckpointError, match=f"another run: other {next(iter(changes))};"):
+            replace(options, **changes).run(small_resnet())
     path.write_bytes(b"something else")
     with pytest.raises(CheckpointError, match="remove it to begin anew"):
         options.run(small_resnet())
@@ -468,3 +472,87 @@ def test_between_steps_the_module_is_the_unperturbed_one() -> None:
 
     SearchAsga(digits_like(3), F.cross_entropy, (Budget.ratio(0.2),), after_step=evaluate).run(gm)
     assert all(torch.equal(*pair) for pair in seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rho", -1.0), ("rho_range", (0.5, 0.1)), ("alignment", math.nan), ("steps", 2.5), ("final_temperature", 0.0)],
+)
+def test_settings_that_make_no_sense_are_named(name: str, value: Any) -> None:
+    with pytest.raises(TrainingError, match=f"{name} of a search is"):
+        SearchAsga([], F.cross_entropy, (Budget.ratio(0.2),), **{name: value})
+
+
+def test_a_checkpoint_without_a_folder_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="a file in a folder that exists"):
+        SearchAsga([], F.cross_entropy, (Budget.ratio(0.2),), checkpoint=tmp_path / "absent" / "state.pt")
+
+
+def test_bits_alone_are_searched_where_everything_is_frozen() -> None:
+    gm = small_resnet().requires_grad_(False)
+    for choice in choices(gm):
+        for mixture in choice.mixtures:
+            mixture.logits.requires_grad_()
+    gm(digits_like(1)[0][0])  # fits the levels
+    before = {name: each.clone() for name, each in gm.named_parameters()}
+    SearchAsga(digits_like(2), F.cross_entropy, (Budget.ratio(0.2),)).run(gm)
+    moved = {name for name, each in gm.named_parameters() if not torch.equal(each, before[name])}
+    assert moved == {name for name in before if name.endswith("logits")}
+
+
+class Masked(nn.Module):
+    """A convolution whose weight is computed from a buffer, between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3)
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.register_buffer("mask", (torch.rand(4, 4, 3, 3) > 0.5).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 2, 8, 8) -> (N, 3)."""
+        hidden = torch.relu(F.conv2d(torch.relu(self.stem(x)), self.weight * self.mask))
+        return self.head(hidden).mean((2, 3))
+
+
+def test_a_weight_computed_from_a_buffer_can_be_searched() -> None:
+    x, y = torch.randn(4, 2, 8, 8), torch.randint(3, (4,))
+    gm = prepare_saq(Masked(), example_inputs=x)
+    RelaxPrecision((2, 4)).run(gm)
+    result = SearchAsga([(x, y)], F.cross_entropy, (Budget.ratio(0.65),), steps=3).run(gm)
+    assert len(result.history) == 3
+    assert all(step.rho > 0 for step in result.history)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(per_channel=True)], ids=["per tensor", "per channel"])
+def test_what_is_kept_between_steps_does_not_grow(recipe: Recipe) -> None:
+    x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
+    gm = prepare_saq(SmallResNet(4), example_inputs=x, recipe=recipe)
+    RelaxPrecision((2, 4)).run(gm)
+    kept = []
+    with TwoPasses(gm, weight_mixtures(gm)) as passes:
+        for _ in range(3):
+            passes.run(lambda: F.cross_entropy(gm(x), y), 0.1, 1e-3)
+            kept.append((len(passes.spare), {id(held.leaf) for held in passes.held}))
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_half_precision_networks_have_logits_in_full_precision() -> None:
+    gm = prepare_saq(SmallResNet(4).bfloat16(), example_inputs=torch.randn(4, 1, 8, 8, dtype=torch.bfloat16))
+    RelaxPrecision((2, 4)).run(gm)
+    data = [(torch.randn(4, 1, 8, 8, dtype=torch.bfloat16), torch.randint(10, (4,)))]
+    result = SearchAsga(data, F.cross_entropy, (Budget.ratio(0.2),), steps=2).run(gm)
+    assert {mixture.logits.dtype for choice in choices(gm) for mixture in choice.mixtures} == {torch.float32}
+    assert all(math.isfinite(score) for scores in result.scores for score in scores)
+
+
+def test_a_relaxed_graph_loads_its_own_state() -> None:
+    gm, other = small_resnet(), small_resnet()
+    with torch.no_grad():
+        for choice in choices(gm):
+            choice.mixtures[0].logits.copy_(torch.arange(len(choice.mixtures[0].logits)))
+    other.load_state_dict(gm.state_dict())
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(gm(x), other(x))
+    with pytest.raises(PassError, match="bits are being searched"):
+        apply_policy(gm, "W3A3")

@@ -1,7 +1,7 @@
 """What a search step costs against a float training step of the same network, in one run.
 
 ResNet-18 on 32 x 32 images, four candidates each for weights and activations. Writes JSON and prints a table.
-`python tools/bench_search.py [--device cpu] [--batch 32] [--rounds 9] [--threads 1] [--out FILE]`
+`python tools/bench_search.py [--device cpu] [--batch 32] [--stem cifar] [--rounds 9] [--threads 1] [--out FILE]`
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
+from bench_training import STEMS, resnet18
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,10 +28,10 @@ from saq_fx.prepare import prepare_saq
 BUDGET = (Budget.ratio(0.14),)
 
 
-def float_step(batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+def float_step(stem: str, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
     """One step of SGD with momentum."""
     x, y = batch
-    model = torchvision.models.resnet18(num_classes=10).to(x.device).train()
+    model = resnet18(stem, 10).to(x.device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
 
     def step() -> None:
@@ -42,9 +42,9 @@ def float_step(batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
     return step
 
 
-def search_steps(batch: tuple[Tensor, Tensor], count: int, **settings: Any) -> list[float]:
+def search_steps(stem: str, batch: tuple[Tensor, Tensor], count: int, **settings: Any) -> list[float]:
     """Seconds of each step of a search."""
-    gm = prepare_saq(torchvision.models.resnet18(num_classes=10).to(batch[0].device), example_inputs=batch[0])
+    gm = prepare_saq(resnet18(stem, 10).to(batch[0].device), example_inputs=batch[0])
     RelaxPrecision().run(gm)
     times = [time.perf_counter()]
 
@@ -73,16 +73,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(device: torch.device, batch_size: int, rounds: int) -> list[dict[str, Any]]:
+def measure(device: torch.device, stem: str, batch_size: int, rounds: int) -> list[dict[str, Any]]:
     """Alternates a few steps of each kind, so that all see the same machine; the medians and least of all rounds."""
     torch.manual_seed(0)
     batch = torch.randn(batch_size, 3, 32, 32, device=device), torch.randint(10, (batch_size,), device=device)
-    plain = float_step(batch)
+    plain = float_step(stem, batch)
     times: dict[str, list[float]] = {"float": [], "search, one pass": [], "search, both passes": []}
     for _ in range(rounds):
         times["float"] += seconds(plain, 6, device)[2:]
-        times["search, one pass"] += search_steps(batch, 6, rho=0.0)[3:]
-        times["search, both passes"] += search_steps(batch, 6)[3:]
+        times["search, one pass"] += search_steps(stem, batch, 6, rho=0.0)[3:]
+        times["search, both passes"] += search_steps(stem, batch, 6)[3:]
     medians = {name: statistics.median(each) for name, each in times.items()}
     return [
         {
@@ -100,16 +100,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--stem", choices=STEMS, default="cifar")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = measure(options.device, options.batch, options.rounds)
+    rows = measure(options.device, options.stem, options.batch, options.rounds)
     heads = ["", "median, ms", "least, ms", "median / float", "least / float"]
     print(tabulate([list(row.values()) for row in rows], heads, floatfmt=".3g"))
     if options.out is not None:
-        machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": options.threads}
+        settings = {key: str(value) for key, value in vars(options).items() if key != "out"}
+        machine = {"torch": torch.__version__, "python": platform.python_version(), "settings": settings}
         write_whole(options.out, (json.dumps({"rows": rows, **machine}, indent=2) + "\n").encode())
 
 

@@ -4,7 +4,6 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -27,9 +26,8 @@ _ABOUT_SHAPE = {
 
 def tensor_at(gm: nn.Module, path: str) -> Tensor | None:
     """The parameter or buffer at a path, None where there is none."""
-    owner, _, name = path.rpartition(".")
     try:
-        value = getattr(gm.get_submodule(owner), name)
+        value = operator.attrgetter(path)(gm)
     except AttributeError:
         return None
     return value if isinstance(value, Tensor) else None
@@ -55,16 +53,20 @@ def depends_on_inputs(graph: fx.Graph) -> set[fx.Node]:
 
 def reachable(graph: fx.Graph, starts: Iterable[fx.Node], *, forwards: bool) -> set[fx.Node]:
     """Nodes that values flow to (or, backwards, from) after leaving any of `starts`."""
-    start: Any = object()
-    flow: nx.DiGraph[Any] = nx.DiGraph()
-    flow.add_node(start)
-    for node in graph.nodes:
-        sources = [] if reads_shape_only(node) else node.all_input_nodes
-        flow.add_edges_from((source, node) if forwards else (node, source) for source in sources)
-    for node in starts:
-        if node in flow:
-            flow.add_edges_from((start, neighbour) for neighbour in list(flow.successors(node)))
-    return set(nx.descendants(flow, start))
+    starts, found = set(starts), set[fx.Node]()
+
+    def flows(node: fx.Node) -> bool:
+        return node in starts or node in found
+
+    if forwards:
+        for node in graph.nodes:
+            if not reads_shape_only(node) and any(map(flows, node.all_input_nodes)):
+                found.add(node)
+    else:
+        for node in reversed(graph.nodes):
+            if any(flows(user) and not reads_shape_only(user) for user in node.users):
+                found.add(node)
+    return found
 
 
 def is_raw_input(gm: nn.Module) -> set[fx.Node]:

@@ -252,8 +252,9 @@ def layers(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[fx.Node, LayerA
         layer = annotation.annotation_of(node)
         if layer is not None:
             yield node, layer.under(path) if path else layer
-        for inner in held_by(node, list(parts)):
-            yield from layers(parts.pop(inner), join_path(path, inner))
+        if parts:
+            for inner in held_by(node, list(parts)):
+                yield from layers(parts.pop(inner), join_path(path, inner))
 
 
 def unused_path(gm: nn.Module, path: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,37 +40,55 @@ def output_shapes(gm: SaqGraphModule, example_inputs: ExampleInputs) -> NodeShap
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Within: evaluation mode without gradients. Afterwards each submodule has the mode it had."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
+    training = [each for each in module.modules() if each.training]
+    for each in training:
+        each.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for each, mode in modes.items():
-            each.training = mode
+        for each in training:
+            each.training = True
 
 
-class _Interpreter(fx.Interpreter):
+class _Interpreter:
     """Runs one graph, of a whole model or of a part of it, and shows each value to `see`."""
 
     def __init__(self, gm: SaqGraphModule, see: Callable[[fx.Node, Any], None] | None) -> None:
-        super().__init__(gm, garbage_collect_values=True)
         self._gm, self._see = gm, see
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*bind_inputs(self._gm, args, kwargs))
+        graph = self._gm.graph
+        inputs = iter(graph.process_inputs(*bind_inputs(self._gm, args, kwargs)))
+        values: dict[fx.Node, Any] = {}
+        uses: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            value = next(inputs) if node.op == "placeholder" else self._compute(node, values)
+            if self._see is not None:
+                self._see(node, value)
+            if node.op == "output":
+                return graph.process_outputs(value)
+            values[node], uses[node] = value, len(node.users)
+            for each in node.all_input_nodes:
+                uses[each] -= 1
+                if not uses[each]:
+                    del values[each]
+        return None
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        return call_arguments(n, self.env.__getitem__)
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return next(self.args_iter)  # `*args` too is one value
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if self._see is not None:
-            self._see(n, value)
-        return value
+    def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        try:
+            args, kwargs = call_arguments(node, values.__getitem__)
+            if node.op == "output":
+                return args[0]
+            if node.op == "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            value = attrgetter(str(node.target))(self._gm)
+            return value(*args, **kwargs) if node.op == "call_module" else value
+        except Exception as error:
+            error.add_note(f"while computing {node.format_node()}")
+            raise
 
 
 @contextmanager
@@ -132,7 +151,10 @@ def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             gm(*args, **kwargs)
     except Exception as error:
         given = [tuple(each.shape) for each in tensors_in((args, kwargs))]
-        raise TracingError(f"the graph does not run on the example inputs of shapes {given}: {error}") from error
+        where = ", ".join(getattr(error, "__notes__", ()))
+        raise TracingError(
+            f"the graph does not run on the example inputs of shapes {given}: {error} {where}".rstrip()
+        ) from error
     return shapes
 
 

@@ -77,12 +77,17 @@ def is_raw_input(gm: nn.Module) -> set[fx.Node]:
         if node.op == "placeholder":
             raw.add(node)
         elif node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            if all(each in raw for each in node.all_input_nodes) and not any(True for _ in module.parameters()):
+            is_fed_raw = all(each in raw for each in node.all_input_nodes)
+            if is_fed_raw and not any(True for _ in gm.get_submodule(str(node.target)).parameters()):
                 raw.add(node)
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
-            inputs = [each for each in node.all_input_nodes if each.op != "get_attr" or _is_parameter(gm, each)]
-            if inputs and all(each in raw for each in inputs):
+            inputs = [each for each in node.all_input_nodes if each.op != "get_attr"]
+            constants = (each for each in node.all_input_nodes if each.op == "get_attr")
+            if (
+                inputs
+                and all(each in raw for each in inputs)
+                and not any(_is_parameter(gm, each) for each in constants)
+            ):
                 raw.add(node)
     return raw
 

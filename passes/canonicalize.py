@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import fx, nn
 from torch.nn import functional as F
 
 from saq_fx.attention import can_open, open_multihead_attention
-from saq_fx.graph import SaqGraphModule, graphs
+from saq_fx.graph import SaqGraphModule, attribute_at, graphs
 from saq_fx.operators import operator_named, operator_of
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.rewriting import Tracer, as_proxies, replace_node
@@ -55,7 +54,7 @@ def _rewrite_graph(gm: SaqGraphModule) -> bool:
 
 
 def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
-    module: Any = attrgetter(str(node.target))(gm)
+    module: Any = attribute_at(gm, str(node.target))
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     kind = type(module)
@@ -112,7 +111,7 @@ class _Operands:
 
     def parameter(self, name: str) -> fx.Proxy | None:
         """A parameter of the module, or of a module in it; None where it has none."""
-        if attrgetter(name)(self._module) is None:
+        if attribute_at(self._module, name) is None:
             return None
         return self._proxy("get_attr", f"{self._node.target}.{name}")
 
@@ -171,7 +170,7 @@ def _merge_tied_parameters(gm: SaqGraphModule) -> bool:
     for node in list(gm.graph.nodes):
         if node.op != "get_attr":
             continue
-        kept = first.setdefault(id(attrgetter(str(node.target))(gm)), node)
+        kept = first.setdefault(id(attribute_at(gm, str(node.target))), node)
         if kept is not node:
             if all(user.target is F.embedding for user in kept.users):
                 # Layers are named by their weights, and a table tied to a layer's weight is none at first.

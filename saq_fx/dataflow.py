@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from saq_fx.attention import attention_probabilities
+from saq_fx.graph import attribute_at
 
 _ABOUT_SHAPE = {
     "size",
@@ -26,10 +27,7 @@ _ABOUT_SHAPE = {
 
 def tensor_at(gm: nn.Module, path: str) -> Tensor | None:
     """The parameter or buffer at a path, None where there is none."""
-    try:
-        value = operator.attrgetter(path)(gm)
-    except AttributeError:
-        return None
+    value = attribute_at(gm, path)
     return value if isinstance(value, Tensor) else None
 
 

@@ -3,6 +3,7 @@
 import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -20,9 +21,14 @@ class SaqGraphModule(fx.GraphModule):
 
     `fx.GraphModule` keeps only what its graph refers to and drops `node.meta` on pickling. This one keeps all
     parameters and buffers of the model (so that float checkpoints load) and pickles the graph itself.
+
+    A new one has no code before it is recompiled or called: passes come first, and would have it generated again.
     """
 
+    _is_new = False
+
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "SaqGraphModule") -> None:
+        vars(self)["_is_new"] = True
         super().__init__(root, graph, class_name)
         present = self.state_tensor_names()
         tensors = [
@@ -36,6 +42,7 @@ class SaqGraphModule(fx.GraphModule):
         self._keep_out_of_state({name for name, _ in self.named_buffers()} - set(root.state_dict(keep_vars=True)))
         self.training = root.training
         self.register_load_state_dict_post_hook(_read_bits)  # type: ignore[no-untyped-call]
+        self._is_new = False
 
     @classmethod
     def around(cls, model: nn.Module, graph: fx.Graph) -> "SaqGraphModule":
@@ -61,8 +68,15 @@ class SaqGraphModule(fx.GraphModule):
             owner, _, name = path.rpartition(".")
             self.get_submodule(owner)._non_persistent_buffers_set.add(name)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates the code, which replaces this method, and runs it."""
+        self.recompile()
+        return self.forward(*args, **kwargs)
+
     def recompile(self) -> Any:
         """Generates the code anew, also of a graph whose class something was put around."""
+        if self._is_new:
+            return None
         code = super().recompile()
         outer, *bases = type(self).__mro__
         if any("_wrapped_call" in vars(base) for base in bases):
@@ -257,16 +271,22 @@ def layers(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[fx.Node, LayerA
                 yield from layers(parts.pop(inner), join_path(path, inner))
 
 
+def attribute_at(module: nn.Module, path: str) -> Any:
+    """What is found at a path from a module, None where there is nothing."""
+    try:
+        return attrgetter(path)(module) if path else module
+    except AttributeError:
+        return None
+
+
 def unused_path(gm: nn.Module, path: str) -> str:
     """`path`, or `path_1`, `path_2`, … where an attribute of that name is taken."""
     parent_path, _, name = path.rpartition(".")
-    parent: Any = gm
-    for part in parent_path.split(".") if parent_path else []:
-        parent = getattr(parent, part, None)
-        if parent is None:
-            return path
+    parent = attribute_at(gm, parent_path)
+    if parent is None:
+        return path
     candidate, index = name, 0
     while hasattr(parent, candidate):
         index += 1
         candidate = f"{name}_{index}"
-    return f"{parent_path}.{candidate}" if parent_path else candidate
+    return join_path(parent_path, candidate)

@@ -106,10 +106,11 @@ class Pipeline:
     after_each: Callable[[PassTiming, fx.GraphModule], None] | None = None
 
     def run(self, gm: SaqGraphModule) -> PassResult:
-        """Runs every pass; lints after each that changed the graph, and recompiles before anyone else sees it.
+        """Runs every pass; lints and recompiles once, after the last, or each time before `after_each` sees the graph.
 
         Raises:
-            PassError: a contract does not hold, or a pass failed; names the pass and those already run.
+            PassError: a contract does not hold, a pass failed, or the graph is broken; names the pass and those
+                already run.
         """
         done: list[str] = []
         modified = False
@@ -122,24 +123,25 @@ class Pipeline:
             gm, modified = result.graph_module, modified or result.modified
             done.append(each.name)
             if self.after_each is not None:
-                _recompile(gm)
+                _recompile(gm, done)
                 self.after_each(timing, gm)
         if modified:
-            _recompile(gm)
+            _recompile(gm, done)
         return PassResult(gm, modified)
 
 
-def _recompile(gm: SaqGraphModule) -> None:
+def _recompile(gm: SaqGraphModule, done: list[str]) -> None:
     for _, part in graphs(gm):
+        try:
+            part.graph.lint()
+        except Exception as error:
+            raise PassError(f"the graph is broken after {', '.join(done)}: {error}") from error
         part.recompile()
 
 
 def _run_checked(each: Pass, gm: SaqGraphModule, description: str) -> PassResult:
     try:
         result = each.run(gm)
-        if result.modified:
-            for _, part in graphs(result.graph_module):
-                part.graph.lint()
     except SaqError:
         raise
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from saq_fx.annotation import Shape
 from saq_fx.errors import TracingError
-from saq_fx.graph import SaqGraphModule, call_arguments, graphs
+from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, graphs
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
@@ -40,15 +39,20 @@ def output_shapes(gm: SaqGraphModule, example_inputs: ExampleInputs) -> NodeShap
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Within: evaluation mode without gradients. Afterwards each submodule has the mode it had."""
-    training = [each for each in module.modules() if each.training]
-    for each in training:
-        each.training = False
+    modes = {each: each.training for each in module.modules()}
+    _set_modes(dict.fromkeys(modes, False))
     try:
         with torch.no_grad():
             yield
     finally:
-        for each in training:
-            each.training = True
+        _set_modes(modes)
+
+
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Only where they differ, for setting an attribute of a module takes long."""
+    for module, mode in modes.items():
+        if module.training != mode:
+            module.training = mode
 
 
 class _Interpreter:
@@ -84,7 +88,7 @@ class _Interpreter:
                 return node.target(*args, **kwargs)  # type: ignore[operator]
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            value = attrgetter(str(node.target))(self._gm)
+            value = attribute_at(self._gm, str(node.target))
             return value(*args, **kwargs) if node.op == "call_module" else value
         except Exception as error:
             error.add_note(f"while computing {node.format_node()}")

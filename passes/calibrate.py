@@ -13,7 +13,7 @@ from saq_fx.graph import SaqGraphModule
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.quantizers import NOT_FINITE, Quantizer, initialize_all
 from saq_fx.recipe import Recipe
-from saq_fx.shapes import bind_inputs, evaluating, interpreted, replaced_forwards
+from saq_fx.shapes import bind_inputs, evaluating, replaced_forwards
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 _SAMPLES_PER_BATCH = 2**14
@@ -33,6 +33,7 @@ class Calibrate(Pass):
 
     batches: Iterable[ExampleInputs] = ()
     skip_nonfinite: bool = False
+    runs_code: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"annotations", "quantizers"})
 
     def run(self, gm: SaqGraphModule) -> PassResult:
@@ -42,7 +43,7 @@ class Calibrate(Pass):
             CalibrationError: values that are not finite; names the quantizer.
         """
         observers = {each: _Observer(path) for path, each in gm.named_modules() if isinstance(each, Quantizer)}
-        with evaluating(gm), interpreted(gm), replaced_forwards(observers):
+        with evaluating(gm), replaced_forwards(observers):
             for batch in self.batches:
                 args, kwargs = split_inputs(batch)
                 bind_inputs(gm, args, kwargs)

@@ -38,28 +38,31 @@ class InsertQuantizers(Pass):
             for node, layer in list(layer_nodes(part.graph)):
                 if layer.name in signed:
                     layer = update(node, activation_signed=signed[layer.name])
-                site = _Site(part, node, layer, layer.name.removeprefix(path).removeprefix("."))
+                name = layer.name.removeprefix(path).removeprefix(".")
+                site = _Site(part, node, layer, name, _placement(part, layer))
                 modified |= _insert_both(site, scheme, self.recipe)
         update_record(gm, recipe=self.recipe)
         return PassResult(gm, modified)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Site:
-    """A layer that gets its quantizers: its graph, node and annotation, and its name within the graph."""
+    """A layer that gets its quantizers: its graph, node and annotation, its name within the graph, device and type."""
 
     graph_module: SaqGraphModule
     node: fx.Node
     layer: LayerAnnotation
     name: str
+    placement: dict[str, Any]
 
-    def placement(self) -> dict[str, Any]:
-        """Device and type of the layer's weight, or of whatever parameter there is."""
-        weight = None if self.layer.weight is None else tensor_at(self.graph_module, self.layer.weight)
-        reference = next(self.graph_module.parameters(), None) if weight is None else weight
-        if reference is None:
-            return {}
-        return {"device": reference.device, "dtype": reference.dtype if reference.is_floating_point() else None}
+
+def _placement(gm: SaqGraphModule, layer: LayerAnnotation) -> dict[str, Any]:
+    """Device and type of the layer's weight, or of whatever parameter there is."""
+    weight = None if layer.weight is None else tensor_at(gm, layer.weight)
+    reference = next(gm.parameters(), None) if weight is None else weight
+    if reference is None:
+        return {}
+    return {"device": reference.device, "dtype": reference.dtype if reference.is_floating_point() else None}
 
 
 def _insert_both(site: _Site, scheme: str, recipe: Recipe) -> bool:
@@ -123,14 +126,14 @@ def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
 
 
 def _activation_quantizer(site: _Site, scheme: str, signed: bool, recipe: Recipe) -> Quantizer:
-    bits, like = _precision(site.layer)[1], site.placement()
+    bits, like = _precision(site.layer)[1], site.placement
     if signed or recipe.activation_offsets:
         return StepQuantizer(bits, signed=signed, offset=True, **like)
     return StepQuantizer(bits, signed=False, **like) if scheme == "lsq" else ClipActivationQuantizer(bits, **like)
 
 
 def _weight_quantizer(site: _Site, scheme: str, normalize: bool, channels: tuple[int, int] | None) -> Quantizer:
-    bits, like = _precision(site.layer)[0], site.placement()
+    bits, like = _precision(site.layer)[0], site.placement
     axis, count = channels if channels is not None else (0, None)
     if scheme == "lsq":
         return StepQuantizer(bits, signed=True, channels=count, channel_axis=axis, **like)

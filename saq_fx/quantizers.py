@@ -240,7 +240,7 @@ class StepQuantizer(Quantizer):
         super().__init__(bits, level)
         self.signed, self.channel_axis = signed, channel_axis
         self.step = nn.Parameter(level)
-        self.offset = nn.Parameter(torch.zeros_like(self.step)) if offset else None
+        self.offset = nn.Parameter(torch.zeros_like(level)) if offset else None
 
     @property
     def level(self) -> nn.Parameter:

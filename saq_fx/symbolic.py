@@ -95,6 +95,8 @@ class SymbolicTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Lowers an argument; a training flag becomes a node that reads it."""
+        if isinstance(a, fx.Proxy):  # the most frequent, which fx asks for last
+            return a.node
         if isinstance(a, TrainingMarker):
             return self._flag_node(a.owner)
         if isinstance(a, dict) and dataclasses.is_dataclass(a):

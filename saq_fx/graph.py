@@ -221,21 +221,21 @@ def run_eagerly(
 
 def call_arguments(node: fx.Node, values: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a node's function is called with. Lists are new ones, as in compiled code: some functions change them."""
+    args = tuple(_with_values(each, values) for each in node.args)
+    return args, {name: _with_values(each, values) for name, each in node.kwargs.items()}
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return values(value)
-        if isinstance(value, slice):
-            return slice(*map(plain, (value.start, value.stop, value.step)))
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(plain, value))
-        if isinstance(value, tuple):
-            return tuple(map(plain, value))
+
+def _with_values(value: Any, values: Callable[[fx.Node], Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return values(value)
+    if isinstance(value, slice):
+        return slice(*(_with_values(each, values) for each in (value.start, value.stop, value.step)))
+    if isinstance(value, tuple | list):
+        items = (_with_values(each, values) for each in value)
         if isinstance(value, list):
-            return list(map(plain, value))
-        return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return tuple(map(plain, node.args)), {name: plain(each) for name, each in node.kwargs.items()}
+            return list(items)
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return {key: _with_values(each, values) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def graphs(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[str, SaqGraphModule]]:

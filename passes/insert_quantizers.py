@@ -31,8 +31,10 @@ class InsertQuantizers(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place; layers that have their quantizers already stay as they are."""
-        scheme = self.recipe.scheme or ("lsq" if _has_attention(gm) else "clip")
-        signed = _signed_overrides(gm, self.recipe)
+        annotations = [layer for _, layer in layers(gm)]
+        has_attention = any(layer.is_product for layer in annotations)
+        scheme = self.recipe.scheme or ("lsq" if has_attention else "clip")
+        signed = _signed_overrides(annotations, self.recipe)
         modified = record_of(gm).recipe != self.recipe
         for path, part in graphs(gm):
             for node, layer in list(layer_nodes(part.graph)):
@@ -78,12 +80,8 @@ def _insert_both(site: _Site, scheme: str, recipe: Recipe) -> bool:
     return bool(paths)
 
 
-def _has_attention(gm: SaqGraphModule) -> bool:
-    return any(layer.is_product for _, layer in layers(gm))
-
-
-def _signed_overrides(gm: SaqGraphModule, recipe: Recipe) -> dict[str, bool]:
-    keys = [LayerKey(layer.name, layer.op, layer.module_classes) for _, layer in layers(gm)]
+def _signed_overrides(annotations: list[LayerAnnotation], recipe: Recipe) -> dict[str, bool]:
+    keys = [LayerKey(layer.name, layer.op, layer.module_classes) for layer in annotations]
     overrides = {}
     for pattern, signed in recipe.signed.items():
         matched = [key.name for key in keys if key.name == pattern or key.matches(pattern)]

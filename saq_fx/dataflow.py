@@ -42,28 +42,23 @@ def depends_on_inputs(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose values depend on the values of the graph's inputs."""
     dependent: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or (
-            not reads_shape_only(node) and any(each in dependent for each in node.all_input_nodes)
-        ):
+        is_fed = not dependent.isdisjoint(node.all_input_nodes)
+        if node.op == "placeholder" or (is_fed and not reads_shape_only(node)):
             dependent.add(node)
     return dependent
 
 
 def reachable(graph: fx.Graph, starts: Iterable[fx.Node], *, forwards: bool) -> set[fx.Node]:
     """Nodes that values flow to (or, backwards, from) after leaving any of `starts`."""
-    starts, found = set(starts), set[fx.Node]()
-
-    def flows(node: fx.Node) -> bool:
-        return node in starts or node in found
-
-    if forwards:
-        for node in graph.nodes:
-            if not reads_shape_only(node) and any(map(flows, node.all_input_nodes)):
-                found.add(node)
-    else:
-        for node in reversed(graph.nodes):
-            if any(flows(user) and not reads_shape_only(user) for user in node.users):
-                found.add(node)
+    sources, found = set(starts), set[fx.Node]()
+    for node in graph.nodes if forwards else reversed(graph.nodes):
+        if forwards:
+            reached = not (sources.isdisjoint(node.all_input_nodes) or reads_shape_only(node))
+        else:
+            reached = any(user in sources and not reads_shape_only(user) for user in node.users)
+        if reached:
+            found.add(node)
+            sources.add(node)
     return found
 
 

@@ -3,7 +3,6 @@
 import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -39,7 +38,9 @@ class SaqGraphModule(fx.GraphModule):
             if name not in present:
                 _copy_attr(root, self, name)
         _order_as(self, root)
-        self._keep_out_of_state({name for name, _ in self.named_buffers()} - set(root.state_dict(keep_vars=True)))
+        buffers = {name for name, _ in self.named_buffers()}
+        if buffers:
+            self._keep_out_of_state(buffers - set(root.state_dict(keep_vars=True)))
         self.training = root.training
         self.register_load_state_dict_post_hook(_read_bits)  # type: ignore[no-untyped-call]
         self._is_new = False
@@ -273,10 +274,12 @@ def layers(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[fx.Node, LayerA
 
 def attribute_at(module: nn.Module, path: str) -> Any:
     """What is found at a path from a module, None where there is nothing."""
-    try:
-        return attrgetter(path)(module) if path else module
-    except AttributeError:
-        return None
+    found: Any = module
+    for name in path.split(".") if path else ():
+        # Modules first: their own look-up finds them last, after an error.
+        children = getattr(found, "_modules", {})
+        found = children[name] if name in children else getattr(found, name, None)
+    return found
 
 
 def unused_path(gm: nn.Module, path: str) -> str:

@@ -81,15 +81,16 @@ class _Interpreter:
 
     def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         try:
+            if node.op == "get_attr":
+                return attribute_at(self._gm, str(node.target))
             args, kwargs = call_arguments(node, values.__getitem__)
-            if node.op == "output":
-                return args[0]
             if node.op == "call_function":
                 return node.target(*args, **kwargs)  # type: ignore[operator]
+            if node.op == "call_module":
+                return attribute_at(self._gm, str(node.target))(*args, **kwargs)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            value = attribute_at(self._gm, str(node.target))
-            return value(*args, **kwargs) if node.op == "call_module" else value
+            return args[0]
         except Exception as error:
             error.add_note(f"while computing {node.format_node()}")
             raise

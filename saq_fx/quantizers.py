@@ -320,14 +320,14 @@ def initialize_all(data: Iterable[tuple[Quantizer, Tensor]], method: str = "mse"
             values = quantizers[0].fitted(torch.cat([rows for _, rows in batch]), method)
             counts = [len(rows) for _, rows in batch]
             for levels, each in zip(zip(*(q.level_parameters for q in quantizers), strict=True), values, strict=True):
-                torch._foreach_copy_(levels, each.flatten().split(counts))
+                torch._foreach_copy_(levels, torch.split(each.flatten(), counts))
             _finish(quantizers)
     return rejected
 
 
 def _finish(quantizers: list[Quantizer]) -> None:
     """Notes of quantizers that their levels are set."""
-    levels = [quantizer.level for quantizer in quantizers]
+    levels: list[Tensor] = [quantizer.level for quantizer in quantizers]
     torch._foreach_copy_([each.smallest_level for each in quantizers], torch._foreach_mul(levels, _SMALLEST_SHARE))
     for quantizer in quantizers:
         quantizer.initialized = quantizer.bits != FLOAT_BITS

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +13,7 @@ from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, graphs
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def output_shapes(gm: SaqGraphModule, example_inputs: ExampleInputs) -> NodeShapes:
@@ -104,7 +105,7 @@ def interpreted(gm: SaqGraphModule, see: Callable[[fx.Node, Any], None] | None =
 
 
 @contextmanager
-def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[_Module, Callable[..., Any]]) -> Iterator[None]:
     """Within: these functions run in the place of the modules' forwards."""
     try:
         for module, forward in forwards.items():

@@ -2,10 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import networkx as nx
 from torch import fx, nn
 
 from saq_fx.annotation import (
@@ -18,7 +17,6 @@ from saq_fx.annotation import (
     owner_classes,
     owner_path,
     record_of,
-    update,
     update_record,
 )
 from saq_fx.dataflow import depends_on_inputs, has_nonnegative_values, is_raw_input, reachable, tensor_at
@@ -62,9 +60,8 @@ class AnnotateLayers(Pass):
         before = _state(gm)
         calls = [call for path, part in graphs(gm) for call in _find_calls(part, path, self.embeddings)]
         groups = _choice_groups(calls)
-        _describe(gm, calls, groups)
-        if self.example_inputs is not None:
-            _measure(calls, output_shapes(gm, self.example_inputs))
+        shapes = None if self.example_inputs is None else output_shapes(gm, self.example_inputs)
+        _describe(gm, calls, groups, shapes)
         uncounted = [each for path, part in graphs(gm) for each in _uncounted(part, path)]
         update_record(gm, annotated=True, uncounted=tuple(uncounted))
         return PassResult(gm, before != _state(gm))
@@ -75,7 +72,7 @@ def _state(gm: SaqGraphModule) -> list[Any]:
     return [(record_of(part), [annotation_of(node) for node in part.graph.nodes]) for _, part in graphs(gm)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
     """One quantizable node; `weight_source` is the parameter or buffer its weight comes from, None for a product."""
 
@@ -120,7 +117,8 @@ def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
             calls.append(_Call(gm, node, entry, entry.weight, entry.activation, _source(left)))
         else:
             calls.append(_Call(gm, node, entry, entry.activation, entry.weight, _source(right)))
-    return [replace(call, name=name) for call, name in zip(calls, _names(calls, path), strict=True)]
+    _name(calls, path)
+    return calls
 
 
 def _problem(node: fx.Node, entry: Operator) -> str | None:
@@ -146,12 +144,12 @@ def _source(node: fx.Node) -> str:
     return node.name
 
 
-def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str]) -> None:
+def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str], shapes: NodeShapes | None) -> None:
     """Annotates the calls of a graph and of its parts."""
     own = [call for call in calls if call.graph_module is gm]
     nonnegative = has_nonnegative_values(gm)
     raw = is_raw_input(gm) if record_of(gm).reads_network_input else set()
-    positions = _positions(gm, [call.node for call in own if not call.is_lookup])
+    positions = _positions(gm, [call.node for call in own if not call.is_lookup], raw)
     for call in own:
         position = positions.get(call.node)
         annotation = LayerAnnotation(
@@ -167,17 +165,17 @@ def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str]) ->
             reads_network_input=call.is_lookup or (position in ("first", "only") and call.activation in raw),
             activation_signed=call.activation not in nonnegative,
             weight_signed=call.weight_source is not None or call.weight not in nonnegative,
+            **({} if shapes is None else _measured(call, shapes)),
         )
         annotate(call.node, annotation)
     for part in parts_of(gm).values():
-        _describe(part, calls, groups)
+        _describe(part, calls, groups, shapes)
 
 
-def _names(calls: list[_Call], path: str) -> list[str]:
+def _name(calls: list[_Call], path: str) -> None:
     """One name a call: `base` for a weight's first use, `base@k` for further ones, `base_k` for other operands."""
     operands_of: dict[str, list[Any]] = defaultdict(list)
     uses: dict[str, int] = defaultdict(int)
-    names = []
     for call in calls:
         base = _base_name(call, path)
         operand = call.node if call.weight_source is None else call.weight
@@ -185,9 +183,8 @@ def _names(calls: list[_Call], path: str) -> list[str]:
             operands_of[base].append(operand)
         index = operands_of[base].index(operand)
         name = f"{base}_{index}" if index else base
-        names.append(f"{name}@{uses[name]}" if uses[name] else name)
+        call.name = f"{name}@{uses[name]}" if uses[name] else name
         uses[name] += 1
-    return names
 
 
 def _base_name(call: _Call, path: str) -> str:
@@ -204,23 +201,20 @@ def _base_name(call: _Call, path: str) -> str:
 
 def _choice_groups(calls: list[_Call]) -> dict[str, str]:
     """Layer name -> name of the first layer of those that share its weight, and so share one choice of bits."""
-    sharing: nx.Graph[str] = nx.Graph()
-    sharing.add_nodes_from(call.name for call in calls)
-    first_user: dict[int, str] = {}
-    for call in calls:
-        if call.weight_source is not None:
-            tensor = tensor_at(call.graph_module, call.weight_source)
-            key = id(tensor) if call.weight.op == "get_attr" and tensor is not None else id(call.weight)
-            sharing.add_edge(first_user.setdefault(key, call.name), call.name)
-    order = {call.name: (call.is_lookup, index) for index, call in enumerate(calls)}
-    groups = {}
-    for component in nx.connected_components(sharing):
-        leader = min(component, key=order.__getitem__)
-        groups.update(dict.fromkeys(component, leader))
-    return groups
+    leaders: dict[int, str] = {}
+    look_ups_last = sorted(calls, key=lambda call: call.is_lookup)
+    return {call.name: leaders.setdefault(id(_what_is_shared(call)), call.name) for call in look_ups_last}
 
 
-def _positions(gm: SaqGraphModule, layer_nodes: list[fx.Node]) -> dict[fx.Node, str | None]:
+def _what_is_shared(call: _Call) -> Any:
+    """The weight's tensor, the node that computes a weight, or a product itself."""
+    if call.weight_source is None:
+        return call.node
+    tensor = tensor_at(call.graph_module, call.weight_source) if call.weight.op == "get_attr" else None
+    return call.weight if tensor is None else tensor
+
+
+def _positions(gm: SaqGraphModule, layer_nodes: list[fx.Node], raw: set[fx.Node]) -> dict[fx.Node, str | None]:
     """First: fed by the inputs and by no other layer. Last: feeding the output and no other layer. Only: both.
 
     A node that holds parts counts as a layer, whose place its parts inherit.
@@ -232,7 +226,6 @@ def _positions(gm: SaqGraphModule, layer_nodes: list[fx.Node]) -> dict[fx.Node, 
     upstream = reachable(gm.graph, starts, forwards=False)
     dependent = depends_on_inputs(gm.graph)
     record = record_of(gm)
-    raw = is_raw_input(gm) if record.reads_network_input else set()
     positions: dict[fx.Node, str | None] = {}
     for node in starts:
         first = record.is_first and node not in downstream and node in dependent
@@ -249,21 +242,19 @@ def _positions(gm: SaqGraphModule, layer_nodes: list[fx.Node]) -> dict[fx.Node, 
     return positions
 
 
-def _measure(calls: list[_Call], shapes: NodeShapes) -> None:
-    """Writes down shapes of the first run of each layer, and the MACs of all its runs."""
-    for call in calls:
-        runs = len(shapes.get(call.node, ()))
-        arguments = [
-            [shapes[arg][run] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in call.node.args]
-            for run in range(runs)
-        ]
-        update(
-            call.node,
-            macs=sum(call.operator.macs(args, shapes[call.node][run]) for run, args in enumerate(arguments)),
-            activation_shape=arguments[0][call.activation_operand] if runs and not call.is_lookup else (0,),
-            weight_shape=arguments[0][call.weight_operand] if runs else _weight_shape(call),
-            output_shape=shapes[call.node][0] if runs else (0,),
-        )
+def _measured(call: _Call, shapes: NodeShapes) -> dict[str, Any]:
+    """Shapes of the first run of a layer, and the MACs of all its runs, as fields of its annotation."""
+    outputs = shapes.get(call.node, ())
+    arguments = [
+        [shapes[arg][run] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in call.node.args]
+        for run in range(len(outputs))
+    ]
+    return {
+        "macs": sum(map(call.operator.macs, arguments, outputs)),
+        "activation_shape": arguments[0][call.activation_operand] if outputs and not call.is_lookup else (0,),
+        "weight_shape": arguments[0][call.weight_operand] if outputs else _weight_shape(call),
+        "output_shape": outputs[0] if outputs else (0,),
+    }
 
 
 def _weight_shape(call: _Call) -> Shape:

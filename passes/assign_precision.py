@@ -32,20 +32,21 @@ class AssignPrecision(Pass):
             PatternError: a name or pattern of the policy matches no layer.
             PassError: layers that share a weight would get different weight bits.
         """
-        at_an_end = {layer.choice_group for _, layer in layers(gm) if layer.position}
+        found = list(layers(gm))
+        at_an_end = {layer.choice_group for _, layer in found if layer.position}
         pinned = {
             layer.name: self.first_last if layer.choice_group in at_an_end and self.first_last else layer.pinned
-            for _, layer in layers(gm)
+            for _, layer in found
         }
-        keys = [LayerKey(each.name, each.op, each.module_classes, pinned[each.name]) for _, each in layers(gm)]
+        keys = [LayerKey(each.name, each.op, each.module_classes, pinned[each.name]) for _, each in found]
         resolved = self.policy.resolve(keys)
-        modified = False
-        for node, layer in list(layers(gm)):
+        assigned = []
+        for node, layer in found:
             precision = _effective(layer, resolved[layer.name])
-            modified |= (layer.precision, layer.pinned) != (precision, pinned[layer.name])
-            update(node, precision=precision, pinned=pinned[layer.name])
-        _check_shared_weights(gm)
-        return PassResult(gm, modified)
+            assigned.append(update(node, precision=precision, pinned=pinned[layer.name]))
+        _check_shared_weights(assigned)
+        pairs = zip((layer for _, layer in found), assigned, strict=True)
+        return PassResult(gm, any((old.precision, old.pinned) != (new.precision, new.pinned) for old, new in pairs))
 
 
 def _effective(layer: LayerAnnotation, wanted: Precision | None) -> Precision:
@@ -54,9 +55,9 @@ def _effective(layer: LayerAnnotation, wanted: Precision | None) -> Precision:
     return effective_precision(precision, is_product=layer.is_product, reads_network_input=layer.reads_network_input)
 
 
-def _check_shared_weights(gm: SaqGraphModule) -> None:
+def _check_shared_weights(assigned: list[LayerAnnotation]) -> None:
     first: dict[str, LayerAnnotation] = {}
-    for _, layer in layers(gm):
+    for layer in assigned:
         other = first.setdefault(layer.choice_group, layer)
         if layer.precision is None or other.precision is None or layer.precision.weight == other.precision.weight:
             continue

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from saq_fx.annotation import record_of
 from saq_fx.errors import CalibrationError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.quantizers import Quantizer
+from saq_fx.quantizers import NOT_FINITE, Quantizer, initialize_all
 from saq_fx.recipe import Recipe
-from saq_fx.shapes import bind_inputs, evaluating, interpreted, replaced_forwards
+from saq_fx.shapes import bind_inputs, evaluating, replaced_forwards
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 _SAMPLES_PER_BATCH = 2**14
@@ -33,6 +33,7 @@ class Calibrate(Pass):
 
     batches: Iterable[ExampleInputs] = ()
     skip_nonfinite: bool = False
+    runs_code: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"annotations", "quantizers"})
 
     def run(self, gm: SaqGraphModule) -> PassResult:
@@ -41,24 +42,17 @@ class Calibrate(Pass):
         Raises:
             CalibrationError: values that are not finite; names the quantizer.
         """
-        observers = {path: _Observer(path) for path, module in gm.named_modules() if isinstance(module, Quantizer)}
-        forwards = {gm.get_submodule(path): observer for path, observer in observers.items()}
-        with evaluating(gm), interpreted(gm), replaced_forwards(forwards):
+        observers = {each: _Observer(path) for path, each in gm.named_modules() if isinstance(each, Quantizer)}
+        with evaluating(gm), replaced_forwards(observers):
             for batch in self.batches:
                 args, kwargs = split_inputs(batch)
                 bind_inputs(gm, args, kwargs)
                 gm(*args, **kwargs)
         recipe = record_of(gm).recipe or Recipe()
-        for path, observer in observers.items():
-            quantizer: Any = gm.get_submodule(path)
-            if not observer.samples:
-                continue
-            try:
-                quantizer.initialize(torch.cat(observer.samples), recipe.calibration)
-            except CalibrationError as error:
-                if self.skip_nonfinite:
-                    continue
-                raise CalibrationError(f"{path}: {error}") from error
+        data = ((quantizer, observer.seen()) for quantizer, observer in observers.items() if observer.samples)
+        rejected = initialize_all(data, recipe.calibration)
+        if rejected and not self.skip_nonfinite:
+            raise CalibrationError(f"{observers[rejected[0]].path}: {NOT_FINITE}")
         return PassResult(gm, modified=False)
 
 
@@ -66,6 +60,7 @@ class _Observer:
     """Stands for a quantizer: keeps samples of what enters it, and lets it through."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self.samples: list[Tensor] = []
         self._is_weight = "weight_quantizer" in path.rpartition(".")[2]
 
@@ -76,3 +71,7 @@ class _Observer:
             flat = value.flatten()
             self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_BATCH)])
         return value
+
+    def seen(self) -> Tensor:
+        """All samples."""
+        return self.samples[0] if len(self.samples) == 1 else torch.cat(self.samples)

@@ -8,11 +8,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from saq_fx.attention import can_open, open_multihead_attention
-from saq_fx.graph import SaqGraphModule, graphs
-from saq_fx.modes import TrainingFlag
+from saq_fx.graph import SaqGraphModule, attribute_at, graphs
 from saq_fx.operators import operator_named, operator_of
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.rewriting import as_proxies, replace_node
+from saq_fx.rewriting import Tracer, as_proxies, replace_node
+from saq_fx.symbolic import add_training_flag
 
 _CONVOLUTIONS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -54,7 +54,7 @@ def _rewrite_graph(gm: SaqGraphModule) -> bool:
 
 
 def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
-    module: Any = gm.get_submodule(str(node.target))
+    module: Any = attribute_at(gm, str(node.target))
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     kind = type(module)
@@ -71,7 +71,7 @@ def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
         expand = _expand_attention
     else:
         return False
-    replace_node(gm.graph, node, lambda tracer: expand(gm, node, _Operands(gm, node, tracer)), type(module))
+    replace_node(gm.graph, node, lambda tracer: expand(module, _Operands(module, node, tracer)), kind)
     return True
 
 
@@ -92,15 +92,15 @@ def _rewrite_call(node: fx.Node) -> bool:
 class _Operands:
     """Makes the proxies that an expansion of one module call works on."""
 
-    def __init__(self, gm: SaqGraphModule, node: fx.Node, tracer: fx.proxy.GraphAppendingTracer) -> None:
-        self._gm, self._node, self._tracer = gm, node, tracer
+    def __init__(self, module: nn.Module, node: fx.Node, tracer: Tracer) -> None:
+        self._module, self._node, self._tracer = module, node, tracer
         self.args: tuple[Any, ...]
         self.kwargs: dict[str, Any]
         self.args, self.kwargs = as_proxies((node.args, node.kwargs), tracer)
 
     def call(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
-        """A node that calls a function."""
-        return self._tracer.create_proxy("call_function", function, args, {})
+        """A node that calls a function on proxies and constants."""
+        return self._proxy("call_function", function, tuple(getattr(each, "node", each) for each in args))
 
     @property
     def input(self) -> fx.Proxy:
@@ -110,22 +110,21 @@ class _Operands:
         return proxy
 
     def parameter(self, name: str) -> fx.Proxy | None:
-        """A parameter of the module, None where it has none."""
-        owner, _, field = f"{self._node.target}.{name}".rpartition(".")
-        if getattr(self._gm.get_submodule(owner), field, None) is None:
+        """A parameter of the module, or of a module in it; None where it has none."""
+        if attribute_at(self._module, name) is None:
             return None
-        return fx.Proxy(self._node.graph.get_attr(f"{owner}.{field}"), self._tracer)
+        return self._proxy("get_attr", f"{self._node.target}.{name}")
 
     def training(self) -> fx.Proxy:
         """The module's training flag."""
-        module = self._gm.get_submodule(str(self._node.target))
-        if not hasattr(module, "training_flag"):
-            module.training_flag = TrainingFlag().train(module.training)
-        return fx.Proxy(self._node.graph.call_module(f"{self._node.target}.training_flag"), self._tracer)
+        add_training_flag(self._module, self._module.training)
+        return self._proxy("call_module", f"{self._node.target}.training_flag")
+
+    def _proxy(self, op: str, target: Any, args: tuple[Any, ...] = ()) -> fx.Proxy:
+        return fx.Proxy(self._node.graph.create_node(op, target, args), self._tracer)
 
 
-def _expand_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
-    conv: Any = gm.get_submodule(str(node.target))
+def _expand_convolution(conv: Any, operands: _Operands) -> Any:
     x: Any = operands.input
     padding = conv.padding
     if conv.padding_mode != "zeros":
@@ -136,8 +135,7 @@ def _expand_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) 
     return operands.call(function, x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
-def _expand_transposed_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
-    conv: Any = gm.get_submodule(str(node.target))
+def _expand_transposed_convolution(conv: Any, operands: _Operands) -> Any:
     function = operator_named(_TRANSPOSED[type(conv)]).function
     weight, bias = operands.parameter("weight"), operands.parameter("bias")
     return operands.call(
@@ -153,18 +151,16 @@ def _expand_transposed_convolution(gm: SaqGraphModule, node: fx.Node, operands: 
     )
 
 
-def _expand_linear(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
+def _expand_linear(linear: Any, operands: _Operands) -> Any:
     return operands.call(F.linear, operands.input, operands.parameter("weight"), operands.parameter("bias"))
 
 
-def _expand_embedding(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
-    table: Any = gm.get_submodule(str(node.target))
+def _expand_embedding(table: Any, operands: _Operands) -> Any:
     options = (table.padding_idx, None, table.norm_type, table.scale_grad_by_freq, table.sparse)
     return operands.call(F.embedding, operands.input, operands.parameter("weight"), *options)
 
 
-def _expand_attention(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:
-    attention: Any = gm.get_submodule(str(node.target))
+def _expand_attention(attention: Any, operands: _Operands) -> Any:
     return open_multihead_attention(attention, operands.parameter, operands.training, *operands.args, **operands.kwargs)
 
 
@@ -174,8 +170,7 @@ def _merge_tied_parameters(gm: SaqGraphModule) -> bool:
     for node in list(gm.graph.nodes):
         if node.op != "get_attr":
             continue
-        owner, _, name = str(node.target).rpartition(".")
-        kept = first.setdefault(id(getattr(gm.get_submodule(owner), name)), node)
+        kept = first.setdefault(id(attribute_at(gm, str(node.target))), node)
         if kept is not node:
             if all(user.target is F.embedding for user in kept.users):
                 # Layers are named by their weights, and a table tied to a layer's weight is none at first.

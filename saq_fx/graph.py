@@ -20,9 +20,14 @@ class SaqGraphModule(fx.GraphModule):
 
     `fx.GraphModule` keeps only what its graph refers to and drops `node.meta` on pickling. This one keeps all
     parameters and buffers of the model (so that float checkpoints load) and pickles the graph itself.
+
+    A new one has no code before it is recompiled or called: passes come first, and would have it generated again.
     """
 
+    _is_new = False
+
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "SaqGraphModule") -> None:
+        vars(self)["_is_new"] = True
         super().__init__(root, graph, class_name)
         present = self.state_tensor_names()
         tensors = [
@@ -33,9 +38,12 @@ class SaqGraphModule(fx.GraphModule):
             if name not in present:
                 _copy_attr(root, self, name)
         _order_as(self, root)
-        self._keep_out_of_state({name for name, _ in self.named_buffers()} - set(root.state_dict(keep_vars=True)))
+        buffers = {name for name, _ in self.named_buffers()}
+        if buffers:
+            self._keep_out_of_state(buffers - set(root.state_dict(keep_vars=True)))
         self.training = root.training
         self.register_load_state_dict_post_hook(_read_bits)  # type: ignore[no-untyped-call]
+        self._is_new = False
 
     @classmethod
     def around(cls, model: nn.Module, graph: fx.Graph) -> "SaqGraphModule":
@@ -61,8 +69,15 @@ class SaqGraphModule(fx.GraphModule):
             owner, _, name = path.rpartition(".")
             self.get_submodule(owner)._non_persistent_buffers_set.add(name)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates the code, which replaces this method, and runs it."""
+        self.recompile()
+        return self.forward(*args, **kwargs)
+
     def recompile(self) -> Any:
         """Generates the code anew, also of a graph whose class something was put around."""
+        if self._is_new:
+            return None
         code = super().recompile()
         outer, *bases = type(self).__mro__
         if any("_wrapped_call" in vars(base) for base in bases):
@@ -208,21 +223,21 @@ def run_eagerly(
 
 def call_arguments(node: fx.Node, values: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a node's function is called with. Lists are new ones, as in compiled code: some functions change them."""
+    args = tuple(_with_values(each, values) for each in node.args)
+    return args, {name: _with_values(each, values) for name, each in node.kwargs.items()}
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return values(value)
-        if isinstance(value, slice):
-            return slice(*map(plain, (value.start, value.stop, value.step)))
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(plain, value))
-        if isinstance(value, tuple):
-            return tuple(map(plain, value))
+
+def _with_values(value: Any, values: Callable[[fx.Node], Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return values(value)
+    if isinstance(value, slice):
+        return slice(*(_with_values(each, values) for each in (value.start, value.stop, value.step)))
+    if isinstance(value, tuple | list):
+        items = (_with_values(each, values) for each in value)
         if isinstance(value, list):
-            return list(map(plain, value))
-        return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return tuple(map(plain, node.args)), {name: plain(each) for name, each in node.kwargs.items()}
+            return list(items)
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return {key: _with_values(each, values) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def graphs(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[str, SaqGraphModule]]:
@@ -253,20 +268,29 @@ def layers(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[fx.Node, LayerA
         layer = annotation.annotation_of(node)
         if layer is not None:
             yield node, layer.under(path) if path else layer
-        for inner in held_by(node, list(parts)):
-            yield from layers(parts.pop(inner), join_path(path, inner))
+        if parts:
+            for inner in held_by(node, list(parts)):
+                yield from layers(parts.pop(inner), join_path(path, inner))
+
+
+def attribute_at(module: nn.Module, path: str) -> Any:
+    """What is found at a path from a module, None where there is nothing."""
+    found: Any = module
+    for name in path.split(".") if path else ():
+        # Modules first: their own look-up finds them last, after an error.
+        children = getattr(found, "_modules", {})
+        found = children[name] if name in children else getattr(found, name, None)
+    return found
 
 
 def unused_path(gm: nn.Module, path: str) -> str:
     """`path`, or `path_1`, `path_2`, … where an attribute of that name is taken."""
     parent_path, _, name = path.rpartition(".")
-    parent: Any = gm
-    for part in parent_path.split(".") if parent_path else []:
-        parent = getattr(parent, part, None)
-        if parent is None:
-            return path
+    parent = attribute_at(gm, parent_path)
+    if parent is None:
+        return path
     candidate, index = name, 0
     while hasattr(parent, candidate):
         index += 1
         candidate = f"{name}_{index}"
-    return f"{parent_path}.{candidate}" if parent_path else candidate
+    return join_path(parent_path, candidate)

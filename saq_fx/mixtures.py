@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from saq_fx.errors import PrecisionError
-from saq_fx.fake_quantization import clip_activation, clip_weight, integer_range, lsq, lsq_plus
+from saq_fx.fake_quantization import clip_activation, clip_weight, deviation, guarded, integer_range, lsq, lsq_plus
 from saq_fx.precision import FLOAT_BITS
-from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer, deviation, guarded
+from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
 
 _BLOCK = 2**16
 """Elements that are worked on together: few enough for the cache of a core, enough to hide the cost of a call."""

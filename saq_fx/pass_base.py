@@ -60,9 +60,11 @@ FACTS: dict[str, Callable[[SaqGraphModule], str | None]] = {
 class Pass(ABC):
     """One rewrite of the graph. A subclass states its rule, formula and source in its docstring.
 
-    A pass that runs the graph interprets it (`saq_fx.shapes.interpreted`): what was compiled may be out of date.
+    Within a pipeline what was compiled may be out of date: a pass that runs the graph either interprets it
+    (`saq_fx.shapes.interpreted`) or says `runs_code`, and the pipeline compiles first.
     """
 
+    runs_code: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
 
@@ -106,40 +108,47 @@ class Pipeline:
     after_each: Callable[[PassTiming, fx.GraphModule], None] | None = None
 
     def run(self, gm: SaqGraphModule) -> PassResult:
-        """Runs every pass; lints after each that changed the graph, and recompiles before anyone else sees it.
+        """Runs every pass; lints and recompiles before the graph is run or seen: once, if only at the end.
 
         Raises:
-            PassError: a contract does not hold, or a pass failed; names the pass and those already run.
+            PassError: a contract does not hold, a pass failed, or the graph is broken; names the pass and those
+                already run.
         """
         done: list[str] = []
-        modified = False
+        modified = out_of_date = False
         for each in self.passes:
             before = f"{each.name} (after {', '.join(done) or 'nothing'})"
             check_facts(gm, each.needs, f"before {before}")
+            if out_of_date and each.runs_code:
+                _recompile(gm, done)
+                out_of_date = False
             start = time.perf_counter()
             result = _run_checked(each, gm, before)
             timing = PassTiming(each.name, time.perf_counter() - start, result.modified)
             gm, modified = result.graph_module, modified or result.modified
+            out_of_date |= result.modified
             done.append(each.name)
             if self.after_each is not None:
-                _recompile(gm)
+                _recompile(gm, done)
+                out_of_date = False
                 self.after_each(timing, gm)
-        if modified:
-            _recompile(gm)
+        if out_of_date:
+            _recompile(gm, done)
         return PassResult(gm, modified)
 
 
-def _recompile(gm: SaqGraphModule) -> None:
+def _recompile(gm: SaqGraphModule, done: list[str]) -> None:
     for _, part in graphs(gm):
+        try:
+            part.graph.lint()
+        except Exception as error:
+            raise PassError(f"the graph is broken after {', '.join(done)}: {error}") from error
         part.recompile()
 
 
 def _run_checked(each: Pass, gm: SaqGraphModule, description: str) -> PassResult:
     try:
         result = each.run(gm)
-        if result.modified:
-            for _, part in graphs(result.graph_module):
-                part.graph.lint()
     except SaqError:
         raise
     except Exception as error:

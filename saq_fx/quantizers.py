@@ -1,7 +1,8 @@
-"""The modules that hold the levels of fake quantization, and how levels are first fitted."""
+"""The modules that hold the levels of fake quantization."""
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,22 +13,21 @@ from saq_fx.fake_quantization import (
     ClipActivation,
     ClipWeight,
     Step,
+    centered,
     clip_activation,
     clip_weight,
+    guarded,
     integer_range,
     lsq,
     lsq_plus,
 )
+from saq_fx.fitting import fit_level, in_batches, rows_of
 from saq_fx.precision import FLOAT_BITS, MAX_BITS, MIN_BITS
 
 _SMALLEST_SHARE = 0.1
 """Levels are used at no less than this share of what they were fitted to: a collapsed level never recovers."""
 
-_INITIALISATION_SAMPLES = 2**14
-_CANDIDATES = 16
-_COARSE = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES)[:, None, None]
-_FINE = torch.linspace(-0.75, 0.75, 7)[:, None, None] / _CANDIDATES
-"""Levels that are tried, as shares of the largest magnitude: first these, then around the best of them."""
+NOT_FINITE = "cannot set clipping levels from values that are not finite: look at the input"
 
 
 class Quantizer(nn.Module):
@@ -83,9 +83,23 @@ class Quantizer(nn.Module):
         """The integers that stand for the quantized values, of the shape of `x`."""
         raise NotImplementedError
 
-    def fit(self, x: Tensor, method: str) -> None:
-        """Sets the levels from data that is finite and not all zero."""
+    def rows(self, x: Tensor) -> Tensor:
+        """(levels, elements that share one): what levels are fitted to, evenly thinned out where it is much."""
+        return rows_of(x, self.level, 0)
+
+    def fitted(self, rows: Tensor, method: str) -> tuple[Tensor, ...]:
+        """For each of `level_parameters` its value for each row; of rows of any quantizer of the same `grid`."""
         raise NotImplementedError
+
+    @property
+    def level_parameters(self) -> tuple[nn.Parameter, ...]:
+        """All that is fitted: the level, and an offset where there is one."""
+        return (self.level,)
+
+    @property
+    def grid(self) -> tuple[Any, ...]:
+        """What fitting depends on other than the data."""
+        return type(self), self.bits
 
     def initialize(self, x: Tensor, method: str = "mse") -> None:
         """Sets the levels from data: minimum mean squared error ("mse"), "max", or "percentile" (99.9).
@@ -93,15 +107,8 @@ class Quantizer(nn.Module):
         Raises:
             CalibrationError: the data is not finite.
         """
-        if not bool(torch.isfinite(x).all()):
-            raise CalibrationError("cannot set clipping levels from values that are not finite: look at the input")
-        with torch.no_grad():
-            if x.numel() and bool(x.any()) and self.bits != FLOAT_BITS:
-                self.fit(x.detach(), method)
-            else:
-                self.level.fill_(1)
-            self.smallest_level.copy_(_SMALLEST_SHARE * self.level)
-        self.initialized = self.bits != FLOAT_BITS
+        if initialize_all([(self, x)], method):
+            raise CalibrationError(NOT_FINITE)
 
     def set_bits(self, bits: int) -> None:
         """Changes the bits; new ones have the levels fitted anew at the next forward."""
@@ -176,14 +183,16 @@ class ClipWeightQuantizer(Quantizer):
         codes: Tensor = (self.quantize(x) / level + 1) * ((2**self.bits - 1) / 2)
         return codes.round().int()
 
-    def fit(self, x: Tensor, method: str) -> None:
-        """One level for the tensor or for each channel."""
-        if self.normalize:
-            x, std = centered(x)
-            x = x / std
-        rows = _rows(x, self.clipping_level, self.channel_axis)
-        levels = _fit_level(rows.abs(), method, lambda level: ClipWeight.forward(rows, level, self.bits), rows)
-        self.clipping_level.copy_(levels.reshape(self.clipping_level.shape))
+    def rows(self, x: Tensor) -> Tensor:
+        """Of normalized weights, if it normalizes."""
+        if not self.normalize:
+            return rows_of(x, self.clipping_level, self.channel_axis)
+        x, std = centered(x)
+        return rows_of(x, self.clipping_level, self.channel_axis) / std
+
+    def fitted(self, rows: Tensor, method: str) -> tuple[Tensor, ...]:
+        """Clipping levels."""
+        return (fit_level(rows.abs(), method, lambda level: ClipWeight.forward(rows, level, self.bits), rows),)
 
 
 class ClipActivationQuantizer(Quantizer):
@@ -211,13 +220,10 @@ class ClipActivationQuantizer(Quantizer):
         codes: Tensor = self.quantize(x) / self.guarded_level() * (2**self.bits - 1)
         return codes.round().int()
 
-    def fit(self, x: Tensor, method: str) -> None:
-        """One level for the tensor."""
-        rows = _rows(x, self.clipping_level, 0)
-        levels = _fit_level(
-            rows.clamp_min(0), method, lambda level: ClipActivation.forward(rows, level, self.bits), rows
-        )
-        self.clipping_level.copy_(levels.reshape(self.clipping_level.shape))
+    def fitted(self, rows: Tensor, method: str) -> tuple[Tensor, ...]:
+        """Clipping levels."""
+        positive = rows.clamp_min(0)
+        return (fit_level(positive, method, lambda level: ClipActivation.forward(rows, level, self.bits), rows),)
 
 
 class StepQuantizer(Quantizer):
@@ -238,7 +244,7 @@ class StepQuantizer(Quantizer):
         super().__init__(bits, level)
         self.signed, self.channel_axis = signed, channel_axis
         self.step = nn.Parameter(level)
-        self.offset = nn.Parameter(torch.zeros_like(self.step)) if offset else None
+        self.offset = nn.Parameter(torch.zeros_like(level)) if offset else None
 
     @property
     def level(self) -> nn.Parameter:
@@ -261,17 +267,27 @@ class StepQuantizer(Quantizer):
             quantized = quantized - _per_channel(self.offset, x, self.channel_axis)
         return (quantized / _per_channel(self.guarded_level(), x, self.channel_axis)).round().int()
 
-    def fit(self, x: Tensor, method: str) -> None:
-        """One step (and offset) for the tensor or for each channel."""
-        rows = _rows(x, self.step, self.channel_axis)
+    @property
+    def level_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The step and the offset."""
+        return (self.step,) if self.offset is None else (self.step, self.offset)
+
+    @property
+    def grid(self) -> tuple[Any, ...]:
+        """Sign and offset as well."""
+        return (*super().grid, self.signed, self.offset is None)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """One for each step."""
+        return rows_of(x, self.step, self.channel_axis)
+
+    def fitted(self, rows: Tensor, method: str) -> tuple[Tensor, ...]:
+        """Steps, and offsets."""
         low, high = integer_range(self.bits, self.signed)
         if self.offset is None:
             magnitude = rows.abs() if self.signed else rows.clamp_min(0)
-            levels = _fit_level(
-                magnitude, method, lambda level: Step.forward(rows, level / high, None, low, high), rows
-            )
-            self.step.copy_((levels / high).reshape(self.step.shape))
-            return
+            levels = fit_level(magnitude, method, lambda level: Step.forward(rows, level / high, None, low, high), rows)
+            return (levels / high,)
         center = (rows.amax(1, keepdim=True) + rows.amin(1, keepdim=True)) / 2
         reach = (rows - center).abs()
         offset_of_center = (low + high) / 2
@@ -280,9 +296,45 @@ class StepQuantizer(Quantizer):
             step = 2 * level / (high - low)
             return Step.forward(rows, step, center - offset_of_center * step, low, high)
 
-        step = 2 * _fit_level(reach, method, reconstruct, rows) / (high - low)
-        self.step.copy_(step.reshape(self.step.shape))
-        self.offset.copy_((center - offset_of_center * step).reshape(self.offset.shape))
+        step = 2 * fit_level(reach, method, reconstruct, rows) / (high - low)
+        return step, center - offset_of_center * step
+
+
+@torch.no_grad()
+def initialize_all(data: Iterable[tuple[Quantizer, Tensor]], method: str = "mse") -> list[Quantizer]:
+    """Sets the levels of quantizers from their data, as `initialize` does, small tensors many at a time.
+
+    Returns those that keep their levels since their data is not finite.
+    """
+    rejected = []
+    alike: dict[Any, list[tuple[Quantizer, Tensor]]] = defaultdict(list)
+    for quantizer, x in data:
+        low, high = (float(each) for each in x.aminmax()) if x.numel() else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            rejected.append(quantizer)
+        elif low == high == 0 or quantizer.bits == FLOAT_BITS:
+            quantizer.level.fill_(1)
+            _finish([quantizer])
+        else:
+            rows = quantizer.rows(x.detach())
+            alike[quantizer.grid, rows.shape[1], rows.dtype, rows.device].append((quantizer, rows))
+    for group in alike.values():
+        for batch in in_batches(group):
+            quantizers = [quantizer for quantizer, _ in batch]
+            values = quantizers[0].fitted(torch.cat([rows for _, rows in batch]), method)
+            counts = [len(rows) for _, rows in batch]
+            for levels, each in zip(zip(*(q.level_parameters for q in quantizers), strict=True), values, strict=True):
+                torch._foreach_copy_(levels, torch.split(each.flatten(), counts))
+            _finish(quantizers)
+    return rejected
+
+
+def _finish(quantizers: list[Quantizer]) -> None:
+    """Notes of quantizers that their levels are set."""
+    levels: list[Tensor] = [quantizer.level for quantizer in quantizers]
+    torch._foreach_copy_([each.smallest_level for each in quantizers], torch._foreach_mul(levels, _SMALLEST_SHARE))
+    for quantizer in quantizers:
+        quantizer.initialized = quantizer.bits != FLOAT_BITS
 
 
 def _checked_bits(bits: int) -> int:
@@ -296,55 +348,7 @@ def _ones(channels: int | None, device: torch.device | None, dtype: torch.dtype 
     return torch.ones(channels or 1, device=device, dtype=dtype)
 
 
-def guarded(level: Tensor, smallest: Tensor) -> Tensor:
-    """The level, at least the smallest; the gradient passes all the same."""
-    passing = level - level.detach()  # zero, with the level's gradient
-    return level.where(level >= smallest, smallest + passing)
-
-
-def centered(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x less its mean, and its standard deviation (never 0), both constants to the gradient.
-
-    On CPUs ten times as fast as `torch.std_mean`.
-    """
-    x = x - x.detach().mean()
-    return x, deviation(x.detach())
-
-
-def deviation(centered: Tensor) -> Tensor:
-    """The standard deviation of a tensor whose mean is 0; never 0 itself."""
-    std: Tensor = torch.linalg.vector_norm(centered) / math.sqrt(max(1, centered.numel() - 1))
-    return std.clamp_min(torch.finfo(centered.dtype).tiny)
-
-
 def _per_channel(level: Tensor, x: Tensor, axis: int) -> Tensor:
     if level.numel() == 1:
         return level
     return level.reshape([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
-
-
-def _rows(x: Tensor, level: Tensor, axis: int) -> Tensor:
-    """(levels, elements that share one), evenly thinned out where they are many, in single precision at least."""
-    rows = x.reshape(1, -1) if level.numel() == 1 else x.movedim(axis, 0).flatten(1)
-    stride = max(1, x.numel() // _INITIALISATION_SAMPLES)
-    return rows[:, ::stride].to(torch.promote_types(level.dtype, torch.float32))
-
-
-def _fit_level(magnitude: Tensor, method: str, reconstruct: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """(levels, 1): the clipping level of each row of magnitudes; rows of zeros get 1.
-
-    `reconstruct` quantizes `rows` by levels (candidates, levels, 1), all candidates at once.
-    """
-    largest = magnitude.amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    if method == "max":
-        return largest
-    if method == "percentile":
-        level = magnitude.quantile(0.999, dim=1, keepdim=True)
-        return torch.where(level > 0, level, largest)
-    best = torch.zeros_like(largest)
-    for fractions in (_COARSE, _FINE):
-        candidates = best + largest * fractions.to(largest)
-        errors = (reconstruct(candidates) - rows).square_().mean(2, keepdim=True)
-        best = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
-    return best

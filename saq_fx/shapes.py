@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from saq_fx.annotation import Shape
 from saq_fx.errors import TracingError
-from saq_fx.graph import SaqGraphModule, call_arguments, graphs
+from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, graphs
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def output_shapes(gm: SaqGraphModule, example_inputs: ExampleInputs) -> NodeShapes:
@@ -40,36 +41,60 @@ def output_shapes(gm: SaqGraphModule, example_inputs: ExampleInputs) -> NodeShap
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Within: evaluation mode without gradients. Afterwards each submodule has the mode it had."""
     modes = {each: each.training for each in module.modules()}
-    module.eval()
+    _set_modes(dict.fromkeys(modes, False))
     try:
         with torch.no_grad():
             yield
     finally:
-        for each, mode in modes.items():
-            each.training = mode
+        _set_modes(modes)
 
 
-class _Interpreter(fx.Interpreter):
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Only where they differ, for setting an attribute of a module takes long."""
+    for module, mode in modes.items():
+        if module.training != mode:
+            module.training = mode
+
+
+class _Interpreter:
     """Runs one graph, of a whole model or of a part of it, and shows each value to `see`."""
 
     def __init__(self, gm: SaqGraphModule, see: Callable[[fx.Node, Any], None] | None) -> None:
-        super().__init__(gm, garbage_collect_values=True)
         self._gm, self._see = gm, see
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*bind_inputs(self._gm, args, kwargs))
+        graph = self._gm.graph
+        inputs = iter(graph.process_inputs(*bind_inputs(self._gm, args, kwargs)))
+        values: dict[fx.Node, Any] = {}
+        uses: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            value = next(inputs) if node.op == "placeholder" else self._compute(node, values)
+            if self._see is not None:
+                self._see(node, value)
+            if node.op == "output":
+                return graph.process_outputs(value)
+            values[node], uses[node] = value, len(node.users)
+            for each in node.all_input_nodes:
+                uses[each] -= 1
+                if not uses[each]:
+                    del values[each]
+        return None
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        return call_arguments(n, self.env.__getitem__)
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return next(self.args_iter)  # `*args` too is one value
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if self._see is not None:
-            self._see(n, value)
-        return value
+    def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        try:
+            if node.op == "get_attr":
+                return attribute_at(self._gm, str(node.target))
+            args, kwargs = call_arguments(node, values.__getitem__)
+            if node.op == "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            if node.op == "call_module":
+                return attribute_at(self._gm, str(node.target))(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return args[0]
+        except Exception as error:
+            error.add_note(f"while computing {node.format_node()}")
+            raise
 
 
 @contextmanager
@@ -80,7 +105,7 @@ def interpreted(gm: SaqGraphModule, see: Callable[[fx.Node, Any], None] | None =
 
 
 @contextmanager
-def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[_Module, Callable[..., Any]]) -> Iterator[None]:
     """Within: these functions run in the place of the modules' forwards."""
     try:
         for module, forward in forwards.items():
@@ -132,7 +157,10 @@ def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             gm(*args, **kwargs)
     except Exception as error:
         given = [tuple(each.shape) for each in tensors_in((args, kwargs))]
-        raise TracingError(f"the graph does not run on the example inputs of shapes {given}: {error}") from error
+        where = ", ".join(getattr(error, "__notes__", ()))
+        raise TracingError(
+            f"the graph does not run on the example inputs of shapes {given}: {error} {where}".rstrip()
+        ) from error
     return shapes
 
 

@@ -7,7 +7,7 @@ import inspect
 import operator
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -95,6 +95,8 @@ class SymbolicTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Lowers an argument; a training flag becomes a node that reads it."""
+        if isinstance(a, fx.Proxy):  # the most frequent, which fx asks for last
+            return a.node
         if isinstance(a, TrainingMarker):
             return self._flag_node(a.owner)
         if isinstance(a, dict) and dataclasses.is_dataclass(a):
@@ -235,29 +237,35 @@ class GuardedProxy(fx.Proxy):
         return float(self.tracer.concrete(self, "float"))
 
 
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
 class Attributes:
     """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._saved = {module: [_shallow_copy(vars(module)), dict(module._buffers)] for module in model.modules()}
+        self._saved = {module: (_own_attributes(module), dict(module._buffers)) for module in model.modules()}
 
     def restore(self, model: nn.Module) -> None:
         """Takes symbolic values out of the attributes of a model or a part of it."""
         for module in model.modules():
-            for holder, before in zip((vars(module), module._buffers), self._saved.get(module, ({}, {})), strict=True):
-                for name in [name for name, value in holder.items() if _holds_proxy(value)]:
-                    del holder[name]
-                    if name in before:
-                        holder[name] = before[name]
+            attributes, buffers = self._saved.get(module, ({}, {}))
+            _restore(vars(module), vars(module).keys() - _MODULE_ATTRIBUTES, attributes)
+            _restore(module._buffers, module._buffers, buffers)
 
 
-def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes, with copies of lists and dictionaries, which forward may fill."""
-    private = ("_parameters", "_buffers", "_modules")
-    return {
-        name: copy.copy(value) if isinstance(value, list | dict) and name not in private else value
-        for name, value in attributes.items()
-    }
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module has that not every module has, with copies of lists and dictionaries, which forward may fill."""
+    names = vars(module).keys() - _MODULE_ATTRIBUTES
+    values = ((name, vars(module)[name]) for name in names)
+    return {name: copy.copy(value) if isinstance(value, list | dict) else value for name, value in values}
+
+
+def _restore(holder: dict[str, Any], names: Iterable[str], before: Mapping[str, Any]) -> None:
+    for name in [name for name in names if _holds_proxy(holder[name])]:
+        del holder[name]
+        if name in before:
+            holder[name] = before[name]
 
 
 def _holds_proxy(value: Any) -> bool:

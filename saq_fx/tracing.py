@@ -7,6 +7,7 @@ where it steers an `if`, the model is traced in both modes and the two graphs ar
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqG
         gm = SaqGraphModule(model, model.graph)
         copy_record(model, gm)
         update_record(gm, tracing="given graph")
+        gm.recompile()  # where it was prepared before, no pass may change it
         return gm
     return trace_symbolically(model, None if example_inputs is None else split_inputs(example_inputs))[0]
 
@@ -67,12 +69,18 @@ def trace_symbolically(model: nn.Module, inputs: Inputs | None) -> tuple[SaqGrap
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy; raises TracingError, saying why and what to do, for a model that has none."""
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, _copies_of_empty_tables(model))
     except Exception as error:
         raise TracingError(
             f"{type(model).__name__} cannot be copied ({error}), and prepare_saq never changes the model it is given: "
             "remove attributes that do not deepcopy, such as tensors with a history or open files"
         ) from error
+
+
+def _copies_of_empty_tables(model: nn.Module) -> dict[int, Any]:
+    """A memo for `deepcopy` that knows all empty tables of hooks, ten a module, which take most of its time."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): OrderedDict() for value in values if type(value) is OrderedDict and not value}
 
 
 def _arguments(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:

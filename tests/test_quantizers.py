@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from saq_fx.errors import CalibrationError, PrecisionError
 from saq_fx.fake_quantization import clip_activation, clip_weight, integer_range, lsq, lsq_plus
-from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
+from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer, initialize_all
 
 Array = NDArray[np.float64]
 BITS = st.integers(2, 8)
@@ -217,6 +217,19 @@ def test_degenerate_data(kind: str, method: str) -> None:
     assert torch.isfinite(quantizer(data())).all()
     with pytest.raises(CalibrationError, match="not finite"):
         quantizer.initialize(torch.tensor([1.0, float("inf")]), method)
+
+
+@pytest.mark.parametrize("method", ["mse", "max", "percentile"])
+def test_many_are_initialized_as_each_by_itself(method: str) -> None:
+    together = [make(bits) for make in MODULES.values() for bits in (2, 4, 4, 32)]
+    alone = copy.deepcopy(together)
+    tensors = [data() * scale for scale, _ in enumerate(together)]
+    tensors[5], tensors[9] = torch.randn(3, 500, 40), torch.full((3, 5, 4), float("nan"))
+    assert initialize_all(zip(together, tensors, strict=True), method) == [together[9]]
+    for index, (one, other, x) in enumerate(zip(together, alone, tensors, strict=True)):
+        if index != 9:
+            other.initialize(x, method)
+        torch.testing.assert_close(one.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 16, 33])

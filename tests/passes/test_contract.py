@@ -11,7 +11,7 @@ from saq_fx.annotation import annotation_of, record_of
 from saq_fx.capture import capture
 from saq_fx.errors import PassError
 from saq_fx.graph import SaqGraphModule, graphs, layers
-from saq_fx.pass_base import FACTS, Pass, Pipeline, check_facts
+from saq_fx.pass_base import FACTS, Pass, PassResult, Pipeline, check_facts
 from saq_fx.passes.annotate_layers import AnnotateLayers
 from saq_fx.passes.assign_precision import AssignPrecision
 from saq_fx.passes.calibrate import Calibrate
@@ -115,6 +115,41 @@ def test_failing_pass_names_those_already_run() -> None:
     gm = capture(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(PassError, match=r"Broken \(after Canonicalize\) failed: oops"):
         Pipeline((Canonicalize(), Broken())).run(gm)
+
+
+def test_broken_graph_names_the_passes() -> None:
+    class Breaking(Pass):
+        def run(self, gm: SaqGraphModule) -> PassResult:
+            gm.graph.find_nodes(op="get_attr")[0].target = "nothing.weight"
+            return PassResult(gm, modified=True)
+
+    gm = capture(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(PassError, match=r"broken after Canonicalize, Breaking: .*nonexistent attribute"):
+        Pipeline((Canonicalize(), Breaking())).run(gm)
+
+
+def test_pass_that_runs_the_code_finds_it_up_to_date() -> None:
+    class Negate(Pass):
+        def run(self, gm: SaqGraphModule) -> PassResult:
+            output = gm.graph.output_node()
+            with gm.graph.inserting_before(output):
+                output.update_arg(0, gm.graph.call_function(torch.neg, (output.args[0],)))
+            return PassResult(gm, modified=True)
+
+    class Run(Pass):
+        runs_code = True
+
+        def run(self, gm: SaqGraphModule) -> PassResult:
+            seen.append(gm(x))
+            return PassResult(gm, modified=False)
+
+    seen: list[Tensor] = []
+    model, x = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.randn(3, 2)
+    gm = capture(model)
+    assert torch.equal(gm(x), model(x))
+    Pipeline((Canonicalize(), Negate(), Run())).run(gm)
+    assert torch.equal(seen[0], -model(x))
+    assert torch.equal(gm(x), -model(x))
 
 
 def test_timings_reach_the_observer() -> None:

@@ -1,0 +1,55 @@
+"""How clipping levels are first fitted to data."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_SAMPLES = 2**14
+_CANDIDATES = 16
+_COARSE = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES)[:, None, None]
+_FINE = torch.linspace(-0.75, 0.75, 7)[:, None, None] / _CANDIDATES
+"""Levels that are tried, as shares of the largest magnitude: first these, then around the best of them."""
+
+_Owner = TypeVar("_Owner")
+
+
+def rows_of(x: Tensor, level: Tensor, axis: int) -> Tensor:
+    """(levels, elements that share one), evenly thinned out where they are many, in single precision at least."""
+    rows = x.reshape(1, -1) if level.numel() == 1 else x.movedim(axis, 0).flatten(1)
+    stride = max(1, x.numel() // _SAMPLES)
+    return rows[:, ::stride].to(torch.promote_types(level.dtype, torch.float32))
+
+
+def in_batches(rows: Iterable[tuple[_Owner, Tensor]]) -> Iterator[list[tuple[_Owner, Tensor]]]:
+    """As many rows at a time as have, together, no more elements than one large tensor's."""
+    batch: list[tuple[_Owner, Tensor]] = []
+    size = 0
+    for owner, each in rows:
+        if batch and size + each.numel() > _SAMPLES:
+            yield batch
+            batch, size = [], 0
+        batch.append((owner, each))
+        size += each.numel()
+    yield batch
+
+
+def fit_level(magnitude: Tensor, method: str, reconstruct: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """(levels, 1): the clipping level of each row of magnitudes; rows of zeros get 1.
+
+    `reconstruct` quantizes `rows` by levels (candidates, levels, 1), all candidates at once.
+    """
+    largest = magnitude.amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    if method == "max":
+        return largest
+    if method == "percentile":
+        level = magnitude.quantile(0.999, dim=1, keepdim=True)
+        return torch.where(level > 0, level, largest)
+    best = torch.zeros_like(largest)
+    for fractions in (_COARSE, _FINE):
+        candidates = best + largest * fractions.to(largest)
+        errors = (reconstruct(candidates) - rows).square_().mean(2, keepdim=True)
+        best = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
+    return best

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from saq_fx.annotation import join_path, record_of, update_record
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
-from saq_fx.graph import SaqGraphModule, run_eagerly
+from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
 from saq_fx.modes import TrainingFlag
 from saq_fx.operators import operator_of
 from saq_fx.recording import INPUT, CallRecorder, Calls
@@ -134,8 +134,9 @@ def _record(model: nn.Module, python: Iterable[nn.Module], inputs: Inputs) -> Ca
     args, kwargs = inputs
     recorder = CallRecorder(model, python)
     try:
-        with evaluating(model), preserve_buffers(model), torch.random.fork_rng(), recorder.following(inputs):
-            model(*args, **kwargs)
+        with evaluating(model), preserve_buffers(model), torch.random.fork_rng(), without_fused_layers():
+            with recorder.following(inputs):
+                model(*args, **kwargs)
     except Exception as error:
         raise TracingError(
             f"{type(model).__name__} does not run on the example inputs: {place_and_cause(error)}"

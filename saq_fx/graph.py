@@ -3,9 +3,11 @@
 import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.graph_module import _copy_attr
 from torch.fx.node import _get_qualified_name
@@ -193,6 +195,17 @@ def _read_bits(gm: Any, incompatible_keys: Any) -> None:
         annotation.update(node, precision=Precision(weight, activation))
 
 
+@contextmanager
+def without_fused_layers() -> Iterator[None]:
+    """Within: `nn.TransformerEncoderLayer` calls its children instead of one fused operation on their parameters."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def run_eagerly(
     model: nn.Module,
     args: Sequence[Any],
@@ -202,7 +215,8 @@ def run_eagerly(
 ) -> Any:
     """Runs a model's forward as Python does: the one operation of a graph that stands for an untraceable model."""
     # Of the class: what is set on the object is a forward of the graph.
-    return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)
+    with without_fused_layers():
+        return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)
 
 
 def call_arguments(node: fx.Node, values: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
 
+from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
 from saq_fx.modes import TrainingFlag
@@ -200,8 +201,21 @@ class SymbolicTracer(fx.Tracer):
             else:
                 positional.append(value)
         _reject_backward_hooks(self.root)
+        if type(self.root) is nn.MultiheadAttention and can_open(self.root) and not has_own_call(self.root):
+            return lambda root, *args: self._open_attention(root, *args, **keyword), positional
         # As a call, not only its forward, so that the hooks of the model itself are recorded as well.
         return lambda root, *args: _symbolic_trace._orig_module_call(root, *args, **keyword), positional
+
+    def _open_attention(self, attention: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+        """Where attention is not in a graph, in which it could be a leaf, but is all of it."""
+
+        def training() -> fx.Proxy:
+            return self.proxy(self._flag_node(""))
+
+        def parameter(path: str) -> Any:
+            return operator.attrgetter(path)(attention)
+
+        return open_multihead_attention(attention, parameter, training, *args, **kwargs)
 
     def _root_argument(self, name: str, parameter: inspect.Parameter) -> Any:
         if name not in self.fixed:

@@ -4,7 +4,7 @@ import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
+from types import MappingProxyType, new_class
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.fx.node import _get_qualified_name
 
 from saq_fx import annotation
 from saq_fx.annotation import LayerAnnotation, join_path, record_of
+from saq_fx.errors import TracingError
 from saq_fx.precision import Precision
 
 
@@ -57,6 +58,29 @@ class SaqGraphModule(fx.GraphModule):
         model.__dict__ = self.__dict__
         return model
 
+    def act_as(self, module: nn.Module) -> None:
+        """Gives a graph the class, the attributes and the children of its module, for Python code that reads them.
+
+        Raises:
+            TracingError: the module has a name that graph modules use for something else.
+        """
+        taken = sorted(_GRAPH_NAMES.intersection(dir(module)))
+        if taken:
+            raise TracingError(f"{type(module).__name__}.{taken[0]} has the name of an attribute of graphs: rename it")
+        for name, value in vars(module).items():
+            if name != "forward":
+                vars(self).setdefault(name, value)
+        inner = dict(self._modules)
+        self._modules.clear()
+        self._modules.update({**module._modules, **{name: inner[name] for name in inner.keys() - module._modules}})
+        vars(self)["_acts_as"] = type(module)
+        self._take_class()
+        self.recompile()
+
+    def _take_class(self) -> None:
+        if "_acts_as" in vars(self):
+            self.__class__ = new_class("GraphModuleImpl", (SaqGraphModule, vars(self)["_acts_as"]))
+
     def _keep_out_of_state(self, buffers: set[str]) -> None:
         """Buffers that the model does not save (constants met while tracing, too) are not saved here either."""
         for path in buffers:
@@ -83,12 +107,17 @@ class SaqGraphModule(fx.GraphModule):
         memo[id(self)] = copied
         state = {key: value for key, value in self.__dict__.items() if key != "_graph"}
         copied.__dict__.update(copy.deepcopy(state, memo))
+        copied._take_class()
         copied.graph = copy.deepcopy(self.graph, memo)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
         return _rebuild, (state, _dump_graph(self.graph))
+
+
+# What graph modules have that others have not.
+_GRAPH_NAMES = {*dir(SaqGraphModule), *dir(fx.GraphModule({}, fx.Graph()))} - set(dir(nn.Module()))
 
 
 def _order_as(module: nn.Module, model: nn.Module) -> None:
@@ -179,6 +208,7 @@ def _resolve(value: Any, nodes: list[fx.Node]) -> Any:
 def _rebuild(state: dict[str, Any], graph: dict[str, Any]) -> SaqGraphModule:
     module: SaqGraphModule = SaqGraphModule.__new__(SaqGraphModule)
     module.__dict__.update(state)
+    module._take_class()
     module.graph = _load_graph(graph)
     return module
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.graph import SaqGraphModule, graphs
-from saq_fx.modes import TrainingFlag
+from saq_fx.modes import add_training_flag, flag_path
 from saq_fx.operators import operator_named, operator_of
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.rewriting import as_proxies, replace_node
@@ -119,9 +119,8 @@ class _Operands:
     def training(self) -> fx.Proxy:
         """The module's training flag."""
         module = self._gm.get_submodule(str(self._node.target))
-        if not hasattr(module, "training_flag"):
-            module.training_flag = TrainingFlag().train(module.training)
-        return fx.Proxy(self._node.graph.call_module(f"{self._node.target}.training_flag"), self._tracer)
+        add_training_flag(module, module.training)
+        return fx.Proxy(self._node.graph.call_module(flag_path(str(self._node.target))), self._tracer)
 
 
 def _expand_convolution(gm: SaqGraphModule, node: fx.Node, operands: _Operands) -> Any:

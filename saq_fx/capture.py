@@ -20,6 +20,7 @@ from saq_fx.annotation import join_path, record_of, update_record
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
+from saq_fx.modes import remove_flags
 from saq_fx.operators import operator_of
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.shapes import evaluating
@@ -75,6 +76,7 @@ def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
 
 def _capture_around(model: nn.Module, inputs: Inputs, reason: str) -> SaqGraphModule:
     """Keeps the module's own code, and captures what it calls."""
+    remove_flags(model)
     gm = SaqGraphModule.around(model, _python_graph(model, inputs))
     _capture_parts(gm, model, {"": reason}, inputs)
     record = record_of(gm)

@@ -18,26 +18,45 @@ from torch.nn.utils import parametrize
 from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
-from saq_fx.modes import TrainingFlag
+from saq_fx.modes import flag_path
 from saq_fx.patching import patched
 
 
 class TrainingMarker(int):
-    """Stands for `self.training` of the module at `owner` while tracing; notes when it steers control flow."""
+    """Stands for `self.training` of the module at `owner` while tracing; notes where the code asks for its value."""
 
     owner: str
-    steered: bool
+    asked_at: set[str]
+    tracer: "SymbolicTracer | None"
 
     def __new__(cls, value: bool, owner: str) -> "TrainingMarker":
         """A marker of value 0 or 1."""
         marker = super().__new__(cls, value)
-        marker.owner = owner
-        marker.steered = False
+        marker.owner, marker.asked_at, marker.tracer = owner, set(), None
         return marker
 
+    @property
+    def value(self) -> bool:
+        """The mode, without a note."""
+        return int.__int__(self) != 0
+
     def __bool__(self) -> bool:
-        self.steered = True
-        return int(self) != 0
+        if self.tracer is not None:
+            self.asked_at.add(self.tracer.current_path)
+        return self.value
+
+    __hash__ = int.__hash__
+
+
+def _asking(name: str) -> Callable[..., Any]:
+    return lambda marker, *args: getattr(bool(marker), name)(*args)
+
+
+for _name in ("int", "index", "float", "eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "str", "format"):
+    setattr(TrainingMarker, f"__{_name}__", _asking(f"__{_name}__"))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor"):
+    for _name in (f"__{_name}__", f"__r{_name}__"):
+        setattr(TrainingMarker, _name, _asking(_name))
 
 
 class SymbolicTracer(fx.Tracer):
@@ -54,21 +73,27 @@ class SymbolicTracer(fx.Tracer):
     Args:
         arguments: name -> example value of each argument of `forward` that is in use; None traces without examples.
         fixed: name -> default of each argument that is not.
+        leaves: path -> why a module cannot be followed, of those that are known beforehand.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, arguments: Mapping[str, Any] | None, fixed: Mapping[str, Any]) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any] | None, fixed: Mapping[str, Any], leaves: Mapping[str, str]
+    ) -> None:
         super().__init__()
         self.arguments = arguments
         self.fixed = fixed
-        self.untraceable: dict[str, str] = {}
+        self.untraceable = dict(leaves)
         self._examples = ExampleValues(self, arguments or {})
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Records `root.forward`."""
         self._paths = set(root.modules())
         self._attributes = Attributes(root)
+        for module in root.modules():
+            if isinstance(module.__dict__["training"], TrainingMarker):
+                module.__dict__["training"].tracer = self
         try:
             with patched(self):
                 return super().trace(root, concrete_args)
@@ -84,6 +109,11 @@ class SymbolicTracer(fx.Tracer):
         if super().is_leaf_module(m, module_qualified_name):
             return True
         return not any(True for _ in m.parameters()) and "training" in type(m).forward.__code__.co_names
+
+    @property
+    def current_path(self) -> str:
+        """The path of the module whose forward runs now."""
+        return next(reversed(self.module_stack.values()), ("", None))[0]
 
     @property
     def is_evaluating(self) -> bool:
@@ -180,9 +210,8 @@ class SymbolicTracer(fx.Tracer):
         return self._examples.value(obj.node)
 
     def _flag_node(self, owner: str) -> fx.Node:
-        module = self.root.get_submodule(owner)
-        add_training_flag(module, bool(int(module.__dict__["training"])))
-        return self.create_node("call_module", f"{owner}.training_flag" if owner else "training_flag", (), {})
+        # The flag itself comes later: forward may go through all that its module holds.
+        return self.create_node("call_module", flag_path(owner), (), {})
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -313,12 +342,6 @@ def has_own_call(module: nn.Module) -> bool:
     """Whether calling a module does more than its forward: hooks (as `weight_norm`'s) or parametrizations."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks) or parametrize.is_parametrized(module)
-
-
-def add_training_flag(module: nn.Module, training: bool) -> None:
-    """Gives a module the child that reads its mode."""
-    if not hasattr(module, "training_flag"):
-        module.training_flag = TrainingFlag().train(training)
 
 
 def require_default(value: Any, default: Any, name: str) -> None:

@@ -12,7 +12,7 @@ PASSES_LAYER = 3
 LAYERS = {
     0: "errors precision recipe fake_quantization quantizers mixtures sharpness allocation batching parallel parameters"
     " training_recipe distillation",
-    1: "annotation attention capture dataflow example_values exported graph modes operators pass_base patching "
+    1: "alignment annotation attention capture dataflow effects example_values exported graph modes operators pass_base patching "
     "recording rewriting shapes symbolic tracing",
     2: "cost choices report resume two_passes",
     3: "training step",

@@ -36,7 +36,9 @@ def _layer_pairs(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> Iterato
         [(_key(nodes[index]), read_parameters(nodes[index])) for index in indices]
         for nodes, indices in zip((first, second), layers, strict=True)
     ]
-    for start_first, start_second, length in SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks():
+    for start_first, start_second, length in SequenceMatcher(
+        None, keys[0], keys[1], autojunk=False
+    ).get_matching_blocks():
         yield from zip(
             layers[0][start_first : start_first + length], layers[1][start_second : start_second + length], strict=True
         )
@@ -47,7 +49,9 @@ def _runs(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> Iterator[Run]:
     if keys[0] == keys[1]:
         yield True, first, second
         return
-    for tag, start, end, other_start, other_end in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+    for tag, start, end, other_start, other_end in SequenceMatcher(
+        None, keys[0], keys[1], autojunk=False
+    ).get_opcodes():
         yield tag == "equal", first[start:end], second[other_start:other_end]
 
 

@@ -95,7 +95,7 @@ class OnlyIn:
         if not self.used or _name(self.function) in _WITHOUT_VALUE:
             return None
         devices: set[torch.device] = set()
-        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda item: _copied(item, devices))  # type: ignore[assignment,misc]
+        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda item: _copied(item, devices))
         with torch.random.fork_rng(devices=devices):
             return self._run(args, kwargs)
 

@@ -129,7 +129,7 @@ class _Merger:
         owners = owners.union(*(self._owners.get(merged[source], ()) for source in node.all_input_nodes))
         if has_effects(node):
             args, kwargs = fx.map_arg((node.args, node.kwargs), merged.__getitem__)
-            function = OnlyIn(node.target, training, used=bool(node.users))  # type: ignore[arg-type]
+            function = OnlyIn(node.target, training, used=bool(node.users))
             copied = self.graph.call_function(function, (self._flag(owners), *args), kwargs)
             inherit_owner(copied, node)
         else:
@@ -168,7 +168,7 @@ class _Merger:
             if is_python or (not training and follows_mode(module)):
                 parent = str(node.target).rpartition(".")[0]
                 raise UnmergeableError(self._place(parent), f"only in {mode} does it run {node.target}")
-        if operator_of(node) is not None and has_effects(node) and operator_of(node).name != "embedding":
+        if operator_of(node) is not None and has_effects(node):
             raise UnmergeableError(self._place(owner), f"only in {mode} does it run {node.name}")
 
     def _place(self, *paths: str) -> str:
@@ -177,7 +177,7 @@ class _Merger:
         return max(places, key=len, default="")
 
     def _asked_at(self, path: str) -> frozenset[str]:
-        """The modules whose modes the code around a path asks for; all that any code does where that around it does not."""
+        """The modules whose modes the code around a path asks for; where it asks for none, those that any code does."""
         around = [owners for place, owners in self._steering.items() if is_within(path, place)]
         return frozenset().union(*(around or self._steering.values()))
 
@@ -185,7 +185,9 @@ class _Merger:
         if owners not in self._flags:
             paths = tuple(sorted(owners))
             flags = tuple(self.graph.call_module(flag_path(path)) for path in paths)
-            self._flags[owners] = flags[0] if len(flags) == 1 else self.graph.call_function(common_mode, (paths, *flags))
+            self._flags[owners] = (
+                flags[0] if len(flags) == 1 else self.graph.call_function(common_mode, (paths, *flags))
+            )
         return self._flags[owners]
 
     def _merge(self, train_value: Any, eval_value: Any, origin: fx.Node) -> Any:

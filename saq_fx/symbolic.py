@@ -55,8 +55,8 @@ def _asking(name: str) -> Callable[..., Any]:
 for _name in ("int", "index", "float", "eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "str", "format"):
     setattr(TrainingMarker, f"__{_name}__", _asking(f"__{_name}__"))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor"):
-    for _name in (f"__{_name}__", f"__r{_name}__"):
-        setattr(TrainingMarker, _name, _asking(_name))
+    setattr(TrainingMarker, f"__{_name}__", _asking(f"__{_name}__"))
+    setattr(TrainingMarker, f"__r{_name}__", _asking(f"__r{_name}__"))
 
 
 class SymbolicTracer(fx.Tracer):

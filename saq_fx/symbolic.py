@@ -6,8 +6,10 @@ import importlib
 import inspect
 import operator
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -86,6 +88,7 @@ class SymbolicTracer(fx.Tracer):
         self.fixed = fixed
         self.untraceable = dict(leaves)
         self._examples = ExampleValues(self, arguments or {})
+        self._index_guards: list[tuple[fx.Node, FrameType, int]] = []
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Records `root.forward`."""
@@ -203,6 +206,30 @@ class SymbolicTracer(fx.Tracer):
         self.create_node("call_function", require_same_path, (obj.node, kind, expected), {})
         return expected
 
+    def index(self, obj: fx.Proxy, frame: FrameType) -> int:
+        """The int of a proxy, guarded, which code in that frame asks for."""
+        expected = int(self.concrete(obj, "int"))
+        self._index_guards.append((next(reversed(self.graph.nodes)), frame, frame.f_lasti))
+        return expected
+
+    def drop_guards_of_call(self, frame: FrameType | None) -> None:
+        """Takes back guards on integers that were asked for by the call that is about to be recorded, from that frame.
+
+        They are the last nodes of the graph, and the instructions that have led to them are still running.
+        """
+        guards, self._index_guards = self._index_guards, []
+        if not guards:
+            return
+        running: set[tuple[int, int]] = set()
+        while frame is not None:
+            running.add((id(frame), frame.f_lasti))
+            frame = frame.f_back
+        for guard, asking, instruction in reversed(guards):
+            if (id(asking), instruction) not in running or guard is not next(reversed(self.graph.nodes)):
+                break
+            self.graph.erase_node(guard)
+            self._examples.forget(guard)
+
     def example(self, obj: fx.Proxy) -> Any:
         """The value of a proxy on the example inputs; raises TracingError where there are none."""
         if self.arguments is None:
@@ -269,7 +296,15 @@ class GuardedProxy(fx.Proxy):
         return int(self.tracer.concrete(self, "len"))
 
     def __index__(self) -> int:
-        return int(self.tracer.concrete(self, "int"))
+        return self.tracer.index(self, sys._getframe(1))
+
+    @classmethod
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
+        """Records a call; that torch asked for its sizes as integers before has decided nothing."""
+        proxy = _symbolic_trace._find_proxy(args or (), kwargs or {})
+        if proxy is not None:
+            proxy.tracer.drop_guards_of_call(sys._getframe(1))
+        return super().__torch_function__(orig_method, types, args, kwargs)
 
     def __int__(self) -> int:
         return int(self.tracer.concrete(self, "int"))

@@ -70,9 +70,8 @@ class SaqGraphModule(fx.GraphModule):
         for name, value in vars(module).items():
             if name != "forward":
                 vars(self).setdefault(name, value)
-        inner = dict(self._modules)
-        self._modules.clear()
-        self._modules.update({**module._modules, **{name: inner[name] for name in inner.keys() - module._modules}})
+        added = {name: child for name, child in self._modules.items() if name not in module._modules}
+        self._modules = {**module._modules, **added}
         vars(self)["_acts_as"] = type(module)
         self._take_class()
         self.recompile()

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.graph import SaqGraphModule, attribute_at, graphs
+from saq_fx.modes import add_training_flag, flag_path
 from saq_fx.operators import operator_named, operator_of
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.rewriting import Tracer, as_proxies, replace_node
-from saq_fx.symbolic import add_training_flag
 
 _CONVOLUTIONS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -118,7 +118,7 @@ class _Operands:
     def training(self) -> fx.Proxy:
         """The module's training flag."""
         add_training_flag(self._module, self._module.training)
-        return self._proxy("call_module", f"{self._node.target}.training_flag")
+        return self._proxy("call_module", flag_path(str(self._node.target)))
 
     def _proxy(self, op: str, target: Any, args: tuple[Any, ...] = ()) -> fx.Proxy:
         return fx.Proxy(self._node.graph.create_node(op, target, args), self._tracer)

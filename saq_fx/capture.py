@@ -9,7 +9,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch.export import ExportedProgram
 from saq_fx.annotation import join_path, record_of, update_record
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
-from saq_fx.graph import SaqGraphModule, run_eagerly
-from saq_fx.modes import TrainingFlag
+from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
+from saq_fx.modes import remove_flags
 from saq_fx.operators import operator_of
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.shapes import evaluating
@@ -76,6 +76,7 @@ def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
 
 def _capture_around(model: nn.Module, inputs: Inputs, reason: str) -> SaqGraphModule:
     """Keeps the module's own code, and captures what it calls."""
+    remove_flags(model)
     gm = SaqGraphModule.around(model, _python_graph(model, inputs))
     _capture_parts(gm, model, {"": reason}, inputs)
     record = record_of(gm)
@@ -117,24 +118,35 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
 def _capture_parts(gm: SaqGraphModule, model: nn.Module, untraceable: Mapping[str, str], inputs: Inputs) -> None:
     """Replaces the modules that untraceable code calls by graphs of their own."""
     reasons = {model.get_submodule(path): reason for path, reason in untraceable.items()}
-    for module in (each for python in reasons for each in python.modules()):
-        if isinstance(getattr(module, "training_flag", None), TrainingFlag):
-            del module.training_flag
     recorder = _record(model, reasons, inputs)
+    while entered := [module for module in recorder.calls if _holds_any(module, recorder.calls)]:
+        reasons.update(dict.fromkeys(entered, "code outside of it calls modules in it"))
+        recorder = _record(model, reasons, inputs)
     splitter = _Splitter(recorder.calls, reasons)
-    for path in untraceable:
-        splitter.split(model.get_submodule(path), path)
+    for path, module in list(model.named_modules()):
+        if module in reasons:
+            splitter.split(module, path)
     _place(splitter.parts, recorder.calls)
     for name, owner in recorder.operations.items():
         splitter.untraced.append((name, f"runs in Python code that cannot be traced, {reasons[owner]}"))
     update_record(gm, tracing="by parts", parts=tuple(splitter.paths), untraced=tuple(splitter.untraced))
 
 
+def _holds_any(module: nn.Module, others: Container[nn.Module]) -> bool:
+    return any(inner in others for inner in module.modules() if inner is not module)
+
+
 def _record(model: nn.Module, python: Iterable[nn.Module], inputs: Inputs) -> CallRecorder:
     args, kwargs = inputs
     recorder = CallRecorder(model, python)
     try:
-        with evaluating(model), preserve_buffers(model), torch.random.fork_rng(), recorder.following(inputs):
+        with (
+            evaluating(model),
+            preserve_buffers(model),
+            torch.random.fork_rng(),
+            without_fused_layers(),
+            recorder.following(inputs),
+        ):
             model(*args, **kwargs)
     except Exception as error:
         raise TracingError(
@@ -175,14 +187,12 @@ class _Splitter:
         calls = self._calls.get(module, Calls())
         try:
             part = _accepting_all(module, calls)
+            if not _has_layers(part):
+                return
+            part.act_as(module)
         except TracingError as error:
             self.untraced.append((path, str(error)))
             return
-        if not _has_layers(part):
-            return
-        for name, value in vars(module).items():
-            # Python code reads attributes of the modules that it calls.
-            vars(part).setdefault(name, value)
         self.parts[module] = part
         self.paths.append(path)
 

@@ -12,17 +12,11 @@ from saq_fx.attention import attention_probabilities
 from saq_fx.graph import attribute_at
 
 _ABOUT_SHAPE = {
-    "size",
-    "dim",
-    "numel",
-    "ndimension",
-    "shape",
-    "device",
-    "dtype",
-    "ndim",
-    "is_cuda",
-    "new_zeros",
-}
+    "size", "dim", "numel", "nelement", "ndimension", "shape", "device", "dtype", "ndim", "is_cuda", "new_zeros",
+    "layout", "is_nested", "is_sparse", "is_quantized", "is_floating_point", "is_complex", "is_contiguous", "is_meta",
+    "stride", "element_size", "itemsize", "nbytes", "get_device",
+    torch.is_floating_point, torch.is_complex, torch.numel,
+}  # fmt: skip
 
 
 def tensor_at(gm: nn.Module, path: str) -> Tensor | None:
@@ -33,7 +27,7 @@ def tensor_at(gm: nn.Module, path: str) -> Tensor | None:
 
 def reads_shape_only(node: fx.Node) -> bool:
     """Whether a node takes sizes or types from its input, not values."""
-    if node.op == "call_method":
+    if node.op in ("call_method", "call_function") and node.target is not getattr:
         return node.target in _ABOUT_SHAPE
     return node.target is getattr and node.args[1] in _ABOUT_SHAPE
 

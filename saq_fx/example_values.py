@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saq_fx.dataflow import reads_shape_only
+from saq_fx.effects import is_random, writes_first
 from saq_fx.graph import call_arguments
+from saq_fx.modes import is_flag
 
 
 class _SizesByValue(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -62,8 +64,8 @@ class ExampleValues:
     def is_computed(self, node: fx.Node, kind: str) -> bool:
         """Whether what is asked of a node depends on numbers that flow through the network, not on its settings.
 
-        Numbers are floating-point tensors that depend on the inputs and all that is computed from them, the sizes of
-        what they select included. Integer and boolean inputs (tokens, masks) are settings.
+        Numbers are floating-point tensors that depend on the inputs, random ones, and all that is computed from them,
+        the sizes of what they select included. Integer and boolean inputs (tokens, masks) are settings.
         """
         of_tensor = isinstance(self.value(node), Tensor | bool | int | float)
         return node in (self._numbers if of_tensor and kind != "len" else self._sized_by_numbers)
@@ -83,8 +85,10 @@ class ExampleValues:
                 self._numbers.add(node)
         if sources & self._sized_by_numbers or (sized_by_value and sources & self._numbers):
             self._sized_by_numbers.add(node)
-        if sources & (self._numbers | self._sized_by_numbers):
+        if sources & (self._numbers | self._sized_by_numbers) or is_random(node):
             self._numbers.add(node)
+            if writes_first(node):
+                self._numbers.update(node.all_input_nodes[:1])
 
     def _is_input_item(self, node: fx.Node) -> bool:
         """Whether a node picks an item of an input that is a dictionary or sequence."""
@@ -109,6 +113,8 @@ class ExampleValues:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
+        if is_flag(node):
+            return False
         module = self._tracer.root.get_submodule(str(node.target))
         with _evaluation_flags(module):
             return module(*args, **kwargs)

@@ -8,7 +8,7 @@ from torch.export import ExportedProgram
 
 from saq_fx.annotation import update_record
 from saq_fx.graph import SaqGraphModule
-from saq_fx.symbolic import add_training_flag
+from saq_fx.modes import add_training_flag, flag_path
 
 _ATEN = torch.ops.aten
 # Operator -> position of the flag that export has frozen.
@@ -37,7 +37,7 @@ def from_exported(program: ExportedProgram) -> SaqGraphModule:
         if position is not None:
             if flag is None:
                 with graph.inserting_before(node):
-                    flag = graph.call_module("training_flag")
+                    flag = graph.call_module(flag_path(""))
             node.update_arg(position, flag)
         elif node.target is _ATEN.add_.Tensor and str(node.args[0]).endswith("num_batches_tracked"):
             # Counted in training mode only; nothing but a BatchNorm without momentum, which export unrolls, reads it.

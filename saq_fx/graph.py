@@ -3,15 +3,18 @@
 import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from contextlib import contextmanager
+from types import MappingProxyType, new_class
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.graph_module import _copy_attr
 from torch.fx.node import _get_qualified_name
 
 from saq_fx import annotation
 from saq_fx.annotation import LayerAnnotation, join_path, record_of
+from saq_fx.errors import TracingError
 from saq_fx.precision import Precision
 
 
@@ -63,6 +66,28 @@ class SaqGraphModule(fx.GraphModule):
         model.__dict__ = self.__dict__
         return model
 
+    def act_as(self, module: nn.Module) -> None:
+        """Gives a graph the class, the attributes and the children of its module, for Python code that reads them.
+
+        Raises:
+            TracingError: the module has a name that graph modules use for something else.
+        """
+        taken = sorted(_GRAPH_NAMES.intersection(dir(module)))
+        if taken:
+            raise TracingError(f"{type(module).__name__}.{taken[0]} has the name of an attribute of graphs: rename it")
+        for name, value in vars(module).items():
+            if name != "forward":
+                vars(self).setdefault(name, value)
+        added = {name: child for name, child in self._modules.items() if name not in module._modules}
+        self._modules = {**module._modules, **added}
+        vars(self)["_acts_as"] = type(module)
+        self._take_class()
+        self.recompile()
+
+    def _take_class(self) -> None:
+        if "_acts_as" in vars(self):
+            self.__class__ = new_class("GraphModuleImpl", (SaqGraphModule, vars(self)["_acts_as"]))
+
     def _keep_out_of_state(self, buffers: set[str]) -> None:
         """Buffers that the model does not save (constants met while tracing, too) are not saved here either."""
         for path in buffers:
@@ -96,12 +121,17 @@ class SaqGraphModule(fx.GraphModule):
         memo[id(self)] = copied
         state = {key: value for key, value in self.__dict__.items() if key != "_graph"}
         copied.__dict__.update(copy.deepcopy(state, memo))
+        copied._take_class()
         copied.graph = copy.deepcopy(self.graph, memo)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
         return _rebuild, (state, _dump_graph(self.graph))
+
+
+# What graph modules have that others have not.
+_GRAPH_NAMES = {*dir(SaqGraphModule), *dir(fx.GraphModule({}, fx.Graph()))} - set(dir(nn.Module()))
 
 
 def _order_as(module: nn.Module, model: nn.Module) -> None:
@@ -192,6 +222,7 @@ def _resolve(value: Any, nodes: list[fx.Node]) -> Any:
 def _rebuild(state: dict[str, Any], graph: dict[str, Any]) -> SaqGraphModule:
     module: SaqGraphModule = SaqGraphModule.__new__(SaqGraphModule)
     module.__dict__.update(state)
+    module._take_class()
     module.graph = _load_graph(graph)
     return module
 
@@ -209,6 +240,17 @@ def _read_bits(gm: Any, incompatible_keys: Any) -> None:
         annotation.update(node, precision=Precision(weight, activation))
 
 
+@contextmanager
+def without_fused_layers() -> Iterator[None]:
+    """Within: `nn.TransformerEncoderLayer` calls its children instead of one fused operation on their parameters."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def run_eagerly(
     model: nn.Module,
     args: Sequence[Any],
@@ -218,7 +260,8 @@ def run_eagerly(
 ) -> Any:
     """Runs a model's forward as Python does: the one operation of a graph that stands for an untraceable model."""
     # Of the class: what is set on the object is a forward of the graph.
-    return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)
+    with without_fused_layers():
+        return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)
 
 
 def call_arguments(node: fx.Node, values: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

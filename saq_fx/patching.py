@@ -11,6 +11,7 @@ from torch.fx import _symbolic_trace
 from torch.utils import checkpoint
 
 from saq_fx.errors import TracingError
+from saq_fx.graph import without_fused_layers
 from saq_fx.operators import quantizable_names
 
 _FACTORIES = ("arange", "eye", "finfo", "iinfo", "linspace", "tensor")
@@ -21,7 +22,7 @@ _ALWAYS_RECORDED = ("empty", "full", "normal", "ones", "rand", "randint", "randn
 @contextmanager
 def patched(tracer: fx.Tracer) -> Iterator[None]:
     """Within: all of the below, for nodes of this tracer's graph."""
-    with _following_wrapped_products(), _recording_factories(tracer), _rejecting_checkpoints():
+    with _following_wrapped_products(), _recording_factories(tracer), _rejecting_checkpoints(), without_fused_layers():
         yield
 
 

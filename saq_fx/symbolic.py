@@ -6,8 +6,10 @@ import importlib
 import inspect
 import operator
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,28 +17,48 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
 
+from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
-from saq_fx.modes import TrainingFlag
+from saq_fx.modes import flag_path
 from saq_fx.patching import patched
 
 
 class TrainingMarker(int):
-    """Stands for `self.training` of the module at `owner` while tracing; notes when it steers control flow."""
+    """Stands for `self.training` of the module at `owner` while tracing; notes where the code asks for its value."""
 
     owner: str
-    steered: bool
+    asked_at: set[str]
+    tracer: "SymbolicTracer | None"
 
     def __new__(cls, value: bool, owner: str) -> "TrainingMarker":
         """A marker of value 0 or 1."""
         marker = super().__new__(cls, value)
-        marker.owner = owner
-        marker.steered = False
+        marker.owner, marker.asked_at, marker.tracer = owner, set(), None
         return marker
 
+    @property
+    def value(self) -> bool:
+        """The mode, without a note."""
+        return int.__int__(self) != 0
+
     def __bool__(self) -> bool:
-        self.steered = True
-        return int(self) != 0
+        if self.tracer is not None:
+            self.asked_at.add(self.tracer.current_path)
+        return self.value
+
+    __hash__ = int.__hash__
+
+
+def _asking(name: str) -> Callable[..., Any]:
+    return lambda marker, *args: getattr(bool(marker), name)(*args)
+
+
+for _name in ("int", "index", "float", "eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "str", "format"):
+    setattr(TrainingMarker, f"__{_name}__", _asking(f"__{_name}__"))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor"):
+    setattr(TrainingMarker, f"__{_name}__", _asking(f"__{_name}__"))
+    setattr(TrainingMarker, f"__r{_name}__", _asking(f"__r{_name}__"))
 
 
 class SymbolicTracer(fx.Tracer):
@@ -53,21 +75,28 @@ class SymbolicTracer(fx.Tracer):
     Args:
         arguments: name -> example value of each argument of `forward` that is in use; None traces without examples.
         fixed: name -> default of each argument that is not.
+        leaves: path -> why a module cannot be followed, of those that are known beforehand.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, arguments: Mapping[str, Any] | None, fixed: Mapping[str, Any]) -> None:
+    def __init__(
+        self, arguments: Mapping[str, Any] | None, fixed: Mapping[str, Any], leaves: Mapping[str, str]
+    ) -> None:
         super().__init__()
         self.arguments = arguments
         self.fixed = fixed
-        self.untraceable: dict[str, str] = {}
+        self.untraceable = dict(leaves)
         self._examples = ExampleValues(self, arguments or {})
+        self._index_guards: list[tuple[fx.Node, FrameType, int]] = []
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Records `root.forward`."""
         self._paths = set(root.modules())
         self._attributes = Attributes(root)
+        for module in root.modules():
+            if isinstance(module.__dict__["training"], TrainingMarker):
+                module.__dict__["training"].tracer = self
         try:
             with patched(self):
                 return super().trace(root, concrete_args)
@@ -83,6 +112,11 @@ class SymbolicTracer(fx.Tracer):
         if super().is_leaf_module(m, module_qualified_name):
             return True
         return not any(True for _ in m.parameters()) and "training" in type(m).forward.__code__.co_names
+
+    @property
+    def current_path(self) -> str:
+        """The path of the module whose forward runs now."""
+        return next(reversed(self.module_stack.values()), ("", None))[0]
 
     @property
     def is_evaluating(self) -> bool:
@@ -174,6 +208,30 @@ class SymbolicTracer(fx.Tracer):
         self.create_node("call_function", require_same_path, (obj.node, kind, expected), {})
         return expected
 
+    def index(self, obj: fx.Proxy, frame: FrameType) -> int:
+        """The int of a proxy, guarded, which code in that frame asks for."""
+        expected = int(self.concrete(obj, "int"))
+        self._index_guards.append((next(reversed(self.graph.nodes)), frame, frame.f_lasti))
+        return expected
+
+    def drop_guards_of_call(self, frame: FrameType | None) -> None:
+        """Takes back guards on integers that were asked for by the call that is about to be recorded, from that frame.
+
+        They are the last nodes of the graph, and the instructions that have led to them are still running.
+        """
+        guards, self._index_guards = self._index_guards, []
+        if not guards:
+            return
+        running: set[tuple[int, int]] = set()
+        while frame is not None:
+            running.add((id(frame), frame.f_lasti))
+            frame = frame.f_back
+        for guard, asking, instruction in reversed(guards):
+            if (id(asking), instruction) not in running or guard is not next(reversed(self.graph.nodes)):
+                break
+            self.graph.erase_node(guard)
+            self._examples.forget(guard)
+
     def example(self, obj: fx.Proxy) -> Any:
         """The value of a proxy on the example inputs; raises TracingError where there are none."""
         if self.arguments is None:
@@ -181,9 +239,8 @@ class SymbolicTracer(fx.Tracer):
         return self._examples.value(obj.node)
 
     def _flag_node(self, owner: str) -> fx.Node:
-        module = self.root.get_submodule(owner)
-        add_training_flag(module, bool(int(module.__dict__["training"])))
-        return self.create_node("call_module", f"{owner}.training_flag" if owner else "training_flag", (), {})
+        # The flag itself comes later: forward may go through all that its module holds.
+        return self.create_node("call_module", flag_path(owner), (), {})
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -202,8 +259,21 @@ class SymbolicTracer(fx.Tracer):
             else:
                 positional.append(value)
         _reject_backward_hooks(self.root)
+        if type(self.root) is nn.MultiheadAttention and can_open(self.root) and not has_own_call(self.root):
+            return lambda root, *args: self._open_attention(root, *args, **keyword), positional
         # As a call, not only its forward, so that the hooks of the model itself are recorded as well.
         return lambda root, *args: _symbolic_trace._orig_module_call(root, *args, **keyword), positional
+
+    def _open_attention(self, attention: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+        """Where attention is not in a graph, in which it could be a leaf, but is all of it."""
+
+        def training() -> fx.Proxy:
+            return self.proxy(self._flag_node(""))
+
+        def parameter(path: str) -> Any:
+            return operator.attrgetter(path)(attention)
+
+        return open_multihead_attention(attention, parameter, training, *args, **kwargs)
 
     def _root_argument(self, name: str, parameter: inspect.Parameter) -> Any:
         if name not in self.fixed:
@@ -228,7 +298,15 @@ class GuardedProxy(fx.Proxy):
         return int(self.tracer.concrete(self, "len"))
 
     def __index__(self) -> int:
-        return int(self.tracer.concrete(self, "int"))
+        return self.tracer.index(self, sys._getframe(1))
+
+    @classmethod
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
+        """Records a call; that torch asked for its sizes as integers before has decided nothing."""
+        proxy = _symbolic_trace._find_proxy(args or (), kwargs or {})
+        if proxy is not None:
+            proxy.tracer.drop_guards_of_call(sys._getframe(1))
+        return super().__torch_function__(orig_method, types, args, kwargs)
 
     def __int__(self) -> int:
         return int(self.tracer.concrete(self, "int"))
@@ -307,12 +385,6 @@ def has_own_call(module: nn.Module) -> bool:
     """Whether calling a module does more than its forward: hooks (as `weight_norm`'s) or parametrizations."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks) or parametrize.is_parametrized(module)
-
-
-def add_training_flag(module: nn.Module, training: bool) -> None:
-    """Gives a module the child that reads its mode."""
-    if not hasattr(module, "training_flag"):
-        module.training_flag = TrainingFlag().train(training)
 
 
 def require_default(value: Any, default: Any, name: str) -> None:

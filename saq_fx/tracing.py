@@ -10,6 +10,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import fx, nn
 from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
-from saq_fx.modes import merge_modes
-from saq_fx.symbolic import SymbolicTracer, TrainingMarker, add_training_flag, place_and_cause
+from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
+from saq_fx.symbolic import SymbolicTracer, TrainingMarker, place_and_cause
 
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -61,6 +62,7 @@ def trace_symbolically(model: nn.Module, inputs: Inputs | None) -> tuple[SaqGrap
         TracingError: naming the module and the source line that symbolic tracing cannot follow.
     """
     graph, untraceable = _symbolic_graph(model, *_arguments(model, inputs))
+    add_flags(model, graph)
     gm = SaqGraphModule(model, graph, type(model).__name__)
     update_record(gm, tracing="symbolic")
     return gm, untraceable
@@ -103,12 +105,12 @@ def _arguments(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, Any] 
 
 
 @contextmanager
-def _marked_training(model: nn.Module, training: bool | None = None) -> Iterator[list[TrainingMarker]]:
-    """Within: every `training` flag is a marker, of its own value or of `training`. Afterwards all is as it was."""
+def _marked_training(model: nn.Module, training: bool) -> Iterator[list[TrainingMarker]]:
+    """Within: every `training` flag is a marker of value `training`. Afterwards all is as it was."""
     saved = {module: module.training for module in model.modules()}
     markers = []
     for path, module in model.named_modules():
-        marker = TrainingMarker(saved[module] if training is None else training, path)
+        marker = TrainingMarker(training, path)
         module.__dict__["training"] = marker
         markers.append(marker)
     try:
@@ -118,25 +120,55 @@ def _marked_training(model: nn.Module, training: bool | None = None) -> Iterator
             module.__dict__["training"] = flag
 
 
+@dataclass(frozen=True)
+class _Trace:
+    """What tracing in one mode gave; `steering` has the paths of modules whose code asks for modes, and of which."""
+
+    graph: fx.Graph
+    untraceable: dict[str, str]
+    steering: dict[str, set[str]]
+
+
+def _trace_in_mode(training: bool, model: nn.Module, tracer: SymbolicTracer) -> _Trace:
+    with _marked_training(model, training) as markers:
+        graph = _run_tracer(model, tracer)
+    steering: dict[str, set[str]] = {}
+    for marker in markers:
+        for place in marker.asked_at:
+            if not any(is_within(place, path) for path in tracer.untraceable):
+                steering.setdefault(place, set()).add(marker.owner)
+    return _Trace(graph, tracer.untraceable, steering)
+
+
 def _symbolic_graph(
     model: nn.Module, arguments: dict[str, Any] | None, fixed: dict[str, Any]
 ) -> tuple[fx.Graph, dict[str, str]]:
-    mode = model.training
-    with _marked_training(model, mode) as markers:
-        graph, untraceable = _run_tracer(model, SymbolicTracer(arguments, fixed))
-    if not any(marker.steered for marker in markers):
-        return graph, untraceable
-    with _marked_training(model, not mode):
-        other, further = _run_tracer(model, SymbolicTracer(arguments, fixed))
-    add_training_flag(model, mode)
-    return merge_modes(graph, other) if mode else merge_modes(other, graph), further | untraceable
+    mode, leaves = model.training, dict[str, str]()
+    while True:
+        own = _trace_in_mode(mode, model, SymbolicTracer(arguments, fixed, leaves))
+        if not own.steering:
+            return own.graph, own.untraceable
+        other = _trace_in_mode(not mode, model, SymbolicTracer(arguments, fixed, leaves))
+        leaves = other.untraceable | own.untraceable
+        if own.untraceable.keys() != other.untraceable.keys():
+            continue
+        places = own.steering.keys() | other.steering.keys()
+        steering = {place: own.steering.get(place, set()) | other.steering.get(place, set()) for place in places}
+        train, evaluation = (own, other) if mode else (other, own)
+        try:
+            return merge_modes(model, train.graph, evaluation.graph, steering), leaves
+        except UnmergeableError as error:
+            if not error.path or arguments is None:
+                place = f"module {error.path or 'the model itself'!r}"
+                raise TracingError(f"{type(model).__name__} cannot be traced symbolically: {place}, {error}") from error
+            leaves[error.path] = str(error)
 
 
-def _run_tracer(model: nn.Module, tracer: SymbolicTracer) -> tuple[fx.Graph, dict[str, str]]:
+def _run_tracer(model: nn.Module, tracer: SymbolicTracer) -> fx.Graph:
     try:
-        return tracer.trace(model), tracer.untraceable
+        return tracer.trace(model)
     except Exception as error:
-        path = next(reversed(tracer.module_stack.values()), ("", None))[0] or "the model itself"
+        path = tracer.current_path or "the model itself"
         raise TracingError(
             f"{type(model).__name__} cannot be traced symbolically: module {path!r}, {place_and_cause(error)}"
         ) from error

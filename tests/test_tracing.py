@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,51 @@ compiled = torch.compile(lambda x: x.clamp(min=torch.finfo(x.dtype).min), backen
 assert torch.equal(compiled(x), x)
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+SIZED: dict[str, Callable[[Tensor], Tensor]] = {
+    "conv1d": lambda x: F.conv1d(x.reshape(1, -1, 8), x.new_ones(x.size(0) * 5, 1, 3), groups=x.size(0) * 5),
+    "irfft2": lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=(x.size(-2), x.size(-1))),
+    "reshape": lambda x: torch.reshape(x, (x.shape[0] * x.shape[1], 8)),
+    "narrow": lambda x: torch.narrow(x, 1, 0, x.shape[1] - 1),
+    "split": lambda x: torch.split(x, x.shape[1] // 2, 1)[0],
+    "roll": lambda x: torch.roll(x, (x.shape[1] // 2, 1), (1, 2)),
+    "tile": lambda x: torch.tile(x, (x.shape[0], 1, 1)),
+    "topk": lambda x: torch.topk(x, x.shape[1] // 2, 1)[0],
+}  # fmt: skip
+
+
+class Calling(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SIZED[self.name](x)
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_that_are_only_passed_on_are_not_guarded(name: str) -> None:
+    model = Calling(name)
+    gm = trace(model, torch.randn(2, 5, 8))
+    for shape in ((2, 5, 8), (3, 5, 8), (1, 5, 8)):
+        x = torch.randn(shape)
+        assert torch.equal(gm(x), model(x))
+
+
+class Rolling(nn.Module):
+    """Passes a size on, and counts by it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = x.shape[0]
+        for _ in range(shift):
+            x = torch.roll(x, shift, 0) + 1
+        return x
+
+
+def test_sizes_that_are_counted_by_are_guarded() -> None:
+    gm = trace(Rolling(), torch.randn(2, 3))
+    x = torch.randn(2, 5)
+    assert torch.equal(gm(x), Rolling()(x))
+    with pytest.raises(TracingError, match="another path"):
+        gm(torch.randn(3, 3))

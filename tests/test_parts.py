@@ -1,0 +1,99 @@
+"""Code that stays Python finds the modules that it calls as they were: their class, methods, items and attributes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saq_fx.graph import layers
+from saq_fx.prepare import prepare_saq
+from saq_fx.report import precision_report
+from tests.test_hostile import assert_same
+
+
+class Scaled(nn.Linear):
+    factor = 2.0
+
+    def scale(self) -> float:
+        return self.factor * self.in_features
+
+    @property
+    def total(self) -> Tensor:
+        return self.weight.sum()
+
+
+class Asking(nn.Module):
+    """Asks the module that it calls for its class and methods, next to control flow on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Scaled(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        if x.sum() > -1e9 and isinstance(self.inner, nn.Linear):
+            x = x * self.inner.scale() + self.inner.total
+        return x
+
+
+class Indexing(nn.Module):
+    """Calls a sequence of modules, and items of it; one item leaves no trace in any graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8)), nn.Sequential())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if y.sum() > -1e9:
+            y = y + self.inner[0](x) * len(self.inner)
+        return y
+
+
+class Counting(Indexing):
+    """Looks at items without calling them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if y.sum() > -1e9 and isinstance(self.inner[2], nn.Sequential):
+            y = y * len(self.inner) + self.inner[0].weight.sum() + len(list(self.inner[2]))
+        return y
+
+
+@pytest.mark.parametrize("kind", [Asking, Indexing, Counting])
+def test_python_code_sees_what_it_saw(kind: type[nn.Module]) -> None:
+    model, x = kind(), torch.randn(2, 5, 8)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    for each in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        for training in (False, True):
+            assert_same(model.train(training), each.train(training), x)
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    quantized = prepare_saq(model, example_inputs=x)
+    report = precision_report(quantized)
+    assert report.uncounted == ()
+    assert {layer.weight for _, layer in layers(quantized)} == {
+        name for name in model.state_dict() if name.endswith("weight")
+    }
+    for each in (copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
+        assert torch.equal(each(x), quantized(x))
+
+
+def test_an_item_that_is_called_alone_has_one_set_of_quantizers() -> None:
+    gm = prepare_saq(Indexing(), example_inputs=torch.randn(1, 5, 8))
+    assert {layer.name: layer.macs for _, layer in layers(gm)} == {"inner.0": 640, "inner.2.0": 320}
+
+
+class Clashing(Scaled):
+    def graph(self) -> float:
+        return 2.0
+
+
+def test_a_name_of_graphs_is_not_taken_for_the_module_s_own() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), Asking()), torch.randn(2, 5, 8)
+    model[1].inner = Clashing(8, 8)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert_same(model, gm, x)
+    reason = "Clashing.graph has the name of an attribute of graphs: rename it"
+    assert precision_report(gm).uncounted == (("1.inner", reason),)

@@ -21,11 +21,12 @@ from saq_fx.annotation import (
     update,
     update_record,
 )
-from saq_fx.dataflow import depends_on_inputs, has_nonnegative_values, is_raw_input, reachable, tensor_at
+from saq_fx.dataflow import depends_on_inputs, is_raw_input, reachable, tensor_at
 from saq_fx.graph import SaqGraphModule, graphs, held_by, parts_of
 from saq_fx.operators import UNCOUNTED_FUNCTIONS, Operator, operator_of
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.shapes import NodeShapes, output_shapes
+from saq_fx.signs import has_nonnegative_values
 from saq_fx.tracing import ExampleInputs
 
 _NOT_COUNTED = (

@@ -97,7 +97,7 @@ class Quantizer(nn.Module):
             else:
                 self.level.fill_(1)
             self.smallest_level.copy_(_SMALLEST_SHARE * self.level)
-        self.initialized = self.bits != FLOAT_BITS
+        self.initialized = self.bits != FLOAT_BITS and x.numel() > 0
 
     def set_bits(self, bits: int) -> None:
         """Changes the bits; new ones have the levels fitted anew at the next forward."""

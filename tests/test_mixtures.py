@@ -91,3 +91,10 @@ def test_expected_bits() -> None:
 def test_bad_candidates_are_named(bits: tuple[int, ...], logits: list[float]) -> None:
     with pytest.raises(PrecisionError, match="different widths"):
         mixture("weights", bits, logits)
+
+
+def test_a_batch_of_no_samples_moves_nothing() -> None:
+    mixed = mixture("steps", (2, 4), [0.3, -0.2])
+    mixed(torch.randn(4, 6, dtype=torch.double))
+    mixed(torch.randn(0, 6, dtype=torch.double, requires_grad=True)).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in mixed.parameters())

@@ -223,3 +223,17 @@ def test_degenerate_data(kind: str, method: str) -> None:
 def test_bad_bits_are_named(bits: int) -> None:
     with pytest.raises(PrecisionError, match=f"{bits} bits"):
         ClipWeightQuantizer(bits)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_batch_of_no_samples_moves_nothing(kind: str) -> None:
+    shape = (3, 5, 0) if "channels" in kind else (0, 5, 4)
+    quantizer, empty = MODULES[kind](4), torch.randn(shape, requires_grad=True)
+    quantizer(empty)
+    assert not quantizer.initialized  # there is nothing to fit levels to
+    quantizer(data())
+    quantizer(empty).sum().backward()
+    assert quantizer.level.grad is not None
+    assert not quantizer.level.grad.any()
+    assert empty.grad is not None
+    assert empty.grad.shape == shape

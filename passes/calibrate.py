@@ -10,10 +10,11 @@ from torch import Tensor
 from saq_fx.annotation import record_of
 from saq_fx.errors import CalibrationError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.nested import cloned
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
-from saq_fx.shapes import bind_inputs, evaluating, interpreted, replaced_forwards
+from saq_fx.shapes import bind_inputs, interpreted, replaced_forwards, without_trace
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 _SAMPLES_PER_BATCH = 2**14
@@ -43,9 +44,9 @@ class Calibrate(Pass):
         """
         observers = {path: _Observer(path) for path, module in gm.named_modules() if isinstance(module, Quantizer)}
         forwards = {gm.get_submodule(path): observer for path, observer in observers.items()}
-        with evaluating(gm), interpreted(gm), replaced_forwards(forwards):
+        with without_trace(gm), interpreted(gm), replaced_forwards(forwards):
             for batch in self.batches:
-                args, kwargs = split_inputs(batch)
+                args, kwargs = cloned(split_inputs(batch))
                 bind_inputs(gm, args, kwargs)
                 gm(*args, **kwargs)
         recipe = record_of(gm).recipe or Recipe()

@@ -21,10 +21,10 @@ from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule, run_eagerly
 from saq_fx.modes import TrainingFlag
+from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
 from saq_fx.recording import INPUT, CallRecorder, Calls
-from saq_fx.shapes import evaluating
-from saq_fx.sharpness import preserve_buffers
+from saq_fx.shapes import without_trace
 from saq_fx.symbolic import place_and_cause
 from saq_fx.tracing import ExampleInputs, Inputs, copied, split_inputs, trace, trace_symbolically
 
@@ -131,10 +131,10 @@ def _capture_parts(gm: SaqGraphModule, model: nn.Module, untraceable: Mapping[st
 
 
 def _record(model: nn.Module, python: Iterable[nn.Module], inputs: Inputs) -> CallRecorder:
-    args, kwargs = inputs
+    args, kwargs = inputs = cloned(inputs)
     recorder = CallRecorder(model, python)
     try:
-        with evaluating(model), preserve_buffers(model), torch.random.fork_rng(), recorder.following(inputs):
+        with without_trace(model), recorder.following(inputs):
             model(*args, **kwargs)
     except Exception as error:
         raise TracingError(
@@ -193,8 +193,8 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
         return _capture(module, None)
     part = _capture(module, calls.inputs[0])
     try:
-        with evaluating(part), preserve_buffers(part), torch.random.fork_rng():
-            for args, kwargs in calls.inputs:
+        with without_trace(part):
+            for args, kwargs in cloned(calls.inputs):
                 part(*args, **kwargs)
     except Exception as error:
         return _capture_around(module, calls.inputs[0], place_and_cause(error))

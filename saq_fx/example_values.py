@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saq_fx.dataflow import reads_shape_only
 from saq_fx.graph import call_arguments
+from saq_fx.nested import cloned
 
 
 class _SizesByValue(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -98,7 +99,7 @@ class ExampleValues:
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             given = self._arguments.get(str(node.target), node.args[0] if node.args else None)
-            return fx.node.map_aggregate(given, lambda item: item.clone() if isinstance(item, Tensor) else item)
+            return cloned(given)
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             value = getattr(self._tracer.root.get_submodule(owner), name)

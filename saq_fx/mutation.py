@@ -8,11 +8,18 @@ from typing import Any
 import networkx as nx
 from torch import fx, nn
 
+from saq_fx.dataflow import tensor_at
 from saq_fx.operation_names import is_in_place, operation_name
 from saq_fx.operators import operator_of
 
+# Some of what may return a view of what it was given.
+VIEWS = {
+    "chunk", "contiguous", "detach", "dropout", "expand", "expand_as", "flatten", "float", "getattr", "getitem", "half",
+    "movedim", "narrow", "permute", "reshape", "select", "select_mode", "setitem", "split", "squeeze", "swapaxes", "t",
+    "to", "transpose", "type_as", "unbind", "unflatten", "unsqueeze", "view",
+}  # fmt: skip
 # What makes new memory; all else is taken for something that may return a view of what it was given.
-_MAKES_NEW = {
+MAKES_NEW = {
     "abs", "absolute", "add", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "amax", "amin",
     "attention_probabilities", "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_norm", "bernoulli", "cat", "ceil",
     "clamp", "clip", "clone", "concat", "concatenate", "cos", "cumsum", "div", "divide", "elu", "empty_like", "eq",
@@ -20,9 +27,9 @@ _MAKES_NEW = {
     "hardswish", "hardtanh", "index_select", "instance_norm", "interpolate", "layer_norm", "le", "leaky_relu", "log",
     "log_softmax", "lt", "masked_fill", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "mean", "minimum", "mish",
     "mul", "multiply", "ne", "neg", "norm", "normalize", "ones_like", "pixel_shuffle", "pixel_unshuffle", "pow",
-    "rand_like", "randn_like", "reciprocal", "relu", "relu6", "repeat", "repeat_interleave", "rms_norm", "roll", "round",
-    "rsqrt", "rsub", "sigmoid", "sign", "silu", "sin", "softmax", "softplus", "sqrt", "square", "stack", "std", "sub",
-    "subtract", "sum", "tanh", "tril", "triu", "true_divide", "truediv", "var", "where", "zeros_like",
+    "rand_like", "randn_like", "reciprocal", "relu", "relu6", "repeat", "repeat_interleave", "rms_norm", "roll",
+    "round", "rsqrt", "rsub", "sigmoid", "sign", "silu", "sin", "softmax", "softplus", "sqrt", "square", "stack", "std",
+    "sub", "subtract", "sum", "tanh", "tril", "triu", "true_divide", "truediv", "var", "where", "zeros_like",
 }  # fmt: skip
 
 
@@ -65,6 +72,19 @@ def _position_of_in_place(function: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
+def written_parameters(gm: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a graph writes to in place, through a view or not (moving averages)."""
+    graph: fx.Graph = gm.graph  # type: ignore[assignment]
+    pending = [each for node in graph.nodes for each in written_by(gm, node)]
+    seen = set(pending)
+    while pending:
+        fresh = [each for each in _may_be_view_of(gm, pending.pop()) if each not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    tensors = [tensor_at(gm, str(node.target)) for node in graph.nodes if node.op == "get_attr" and node in seen]
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+
+
 class SharedMemory:
     """Which nodes of a graph may be views of each other."""
 
@@ -87,4 +107,4 @@ def _may_be_view_of(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
         return [] if any(True for _ in module.parameters()) else node.all_input_nodes
-    return [] if operation_name(node) in _MAKES_NEW or operator_of(node) is not None else node.all_input_nodes
+    return [] if operation_name(node) in MAKES_NEW or operator_of(node) is not None else node.all_input_nodes

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from saq_fx.annotation import join_path
+from saq_fx.nested import tensors_in
 from saq_fx.operators import operator_called
-from saq_fx.shapes import tensors_in
 
 INPUT = ""
 """The origin of what is the network's input still, at most rearranged or rescaled without parameters."""

@@ -56,8 +56,8 @@ _PRESERVING = {
     "avg_pool2d", "avg_pool3d", "cat", "chunk", "clone", "concat", "contiguous", "detach", "dropout", "dropout2d",
     "expand", "expand_as", "flatten", "float", "getitem", "half", "max", "max_pool1d", "max_pool2d", "max_pool3d",
     "mean", "movedim", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave",
-    "reshape", "roll", "split", "squeeze", "stack", "sum", "swapaxes", "t", "to", "transpose", "type_as", "unbind", "unflatten",
-    "unsqueeze", "view",
+    "reshape", "roll", "split", "squeeze", "stack", "sum", "swapaxes", "t", "to", "transpose", "type_as", "unbind",
+    "unflatten", "unsqueeze", "view",
 }  # fmt: skip
 # What else is written into a tensor: its place among the arguments, and its name.
 _WRITTEN_VALUE = {

@@ -72,8 +72,8 @@ class _Observer:
 
     def __call__(self, value: Tensor) -> Tensor:
         if self._is_weight:
-            self.samples = [value]
+            self.samples = [value.detach()]
         else:
-            flat = value.flatten()
+            flat = value.detach().flatten()
             self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_BATCH)])
         return value

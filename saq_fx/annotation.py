@@ -93,7 +93,8 @@ class GraphRecord:
     """What is known of a graph as a whole.
 
     `tracing` is the way taken from model to graph; `uncounted` lists operations with arithmetic whose MACs are not in
-    the report, as (name, reason), and `uncounted_macs` is their sum where it is known; `recipe` is what the quantizers were made by, None before they were.
+    the report's totals, as (name, reason), and `uncounted_macs` is their sum as far as it is known; `recipe` is what
+    the quantizers were made by, None before they were.
 
     Of a model captured by parts, `parts` are the paths of the outermost graphs inside this one, and `untraced` the
     operations of the table that run in Python around them, as (name, reason). Of a part, the last three fields say how

@@ -40,7 +40,7 @@ def written_by(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes if in_place is True else []
     if node.op not in ("call_function", "call_method"):
         return []
-    written = nodes_in(node.kwargs.get("out"))
+    written = nodes_in(node.kwargs["out"]) if "out" in node.kwargs else []
     if is_in_place(node) or _asks_for_in_place(node):
         first: Any = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
         written += nodes_in(first)

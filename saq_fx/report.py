@@ -68,7 +68,8 @@ class PrecisionReport:
     """What a prepared network costs, for one sample; `str()` is a table.
 
     `uncounted` are operations with arithmetic that the totals leave out, as (name, reason), and `uncounted_macs` their
-    MACs as far as they are known. `tracing` is the way taken from model to graph. Averages are over all elements of the layers' weights and of their input activations.
+    MACs as far as they are known. `tracing` is the way taken from model to graph. Averages are over all elements of the
+    layers' weights and of their input activations.
     """
 
     rows: tuple[LayerRow, ...]
@@ -105,7 +106,7 @@ class PrecisionReport:
 
     @property
     def quantized_share(self) -> float:
-        """Share of the MACs, from 0 to 1, with both operands below 32 bits; `uncounted_macs` are among those without."""
+        """Share of the MACs, from 0 to 1, with both operands below 32 bits; `uncounted_macs` have none."""
         quantized = (row.macs for row in self.rows if max(row.weight_bits, row.activation_bits) < FLOAT_BITS)
         return sum(quantized) / (self.total_macs + self.uncounted_macs or 1)
 

@@ -76,8 +76,9 @@ def without_trace(model: nn.Module) -> Iterator[None]:
         with evaluating(model), preserve_buffers(model), torch.random.fork_rng():
             yield
     finally:
-        for parameter, before in zip(parameters, saved, strict=True):
-            parameter.detach().copy_(before)
+        with torch.no_grad():
+            for parameter, before in zip(parameters, saved, strict=True):
+                parameter.copy_(before)
 
 
 @contextmanager

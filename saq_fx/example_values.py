@@ -103,8 +103,9 @@ class ExampleValues:
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             value = getattr(self._tracer.root.get_submodule(owner), name)
-            # Running statistics that this run moves must not be the model's own.
-            return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+            # Running statistics and averaged parameters that this run moves must not be the model's own.
+            is_trained = isinstance(value, nn.Parameter) and value.requires_grad
+            return value.clone() if isinstance(value, Tensor) and not is_trained else value
         args, kwargs = call_arguments(node, self._values.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,14 +22,18 @@ def _recurrent(x: Tensor, weights: list[Tensor]) -> int:
 
 # What torch's own counter leaves out.
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    _aten.mv: lambda matrix, vector: matrix.numel(),
-    _aten.addmv: lambda x, matrix, vector, **options: matrix.numel(),
-    _aten.dot: lambda x, other: x.numel(),
-    _aten.vdot: lambda x, other: x.numel(),
-    _aten.addbmm: lambda x, batch1, batch2, **options: batch1.numel() * batch2.shape[-1],
-    _aten.conv_tbc: lambda x, weight, bias, pad: x.numel() * weight.shape[0] * weight.shape[2],
-    _aten.mkldnn_rnn_layer: lambda x, *weights_and_state: _recurrent(x, tensors_in(weights_and_state[:2])),
-    _aten._cudnn_rnn: lambda x, weights, *state: _recurrent(x, weights),
+    _aten.mv: lambda matrix, *rest, **options: matrix.numel(),
+    _aten.addmv: lambda x, matrix, *rest, **options: matrix.numel(),
+    _aten.dot: lambda x, *rest, **options: x.numel(),
+    _aten.vdot: lambda x, *rest, **options: x.numel(),
+    _aten.addbmm: lambda x, batch1, batch2, *rest, **options: batch1.numel() * batch2.shape[-1],
+    _aten.conv_tbc: lambda x, weight, *rest, **options: x.numel() * weight.shape[0] * weight.shape[2],
+    _aten.mkldnn_rnn_layer: lambda x, *rest, **options: _recurrent(x, tensors_in(rest[:2])),
+    _aten._cudnn_rnn: lambda x, weights, *rest, **options: _recurrent(x, weights),
+    _aten.addmm_: lambda x, left, right, *rest, **options: left.numel() * right.shape[-1],
+    _aten.baddbmm_: lambda x, left, right, *rest, **options: left.numel() * right.shape[-1],
+    _aten.addbmm_: lambda x, left, right, *rest, **options: left.numel() * right.shape[-1],
+    _aten.addmv_: lambda x, matrix, *rest, **options: matrix.numel(),
 }
 
 
@@ -44,9 +49,10 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Runs the operation."""
         output = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.macs += formula(*args, **(kwargs or {}))
-        elif func._overloadpacket in flop_registry:
-            self.macs += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=output) // 2
+        packet = func._overloadpacket
+        with suppress(Exception):  # a formula that does not take these arguments is no reason not to run
+            if packet in _FORMULAS:
+                self.macs += _FORMULAS[packet](*args, **(kwargs or {}))
+            elif packet in flop_registry:
+                self.macs += flop_registry[packet](*args, **(kwargs or {}), out_val=output) // 2
         return output

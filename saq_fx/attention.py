@@ -269,8 +269,8 @@ def by_heads(projected: Tensor, heads: int) -> Tensor:
     """(sequence, ..., width) as (..., heads, sequence, width of a head), in torch's way: gradients are summed so."""
     if projected.dim() == 2:
         return by_heads(projected.unsqueeze(1), heads).squeeze(0)
-    merged = projected.unflatten(-1, (heads, -1)).flatten(1, 2)
-    return merged.transpose(0, 1).unflatten(0, (-1, heads))
+    length, batch, width = projected.shape
+    return projected.view(length, batch * heads, -1).transpose(0, 1).view(batch, heads, length, width // heads)
 
 
 def _chunks(proxy: Any, count: int, axis: int) -> tuple[Any, ...]:

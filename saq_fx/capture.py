@@ -27,6 +27,7 @@ from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.shapes import without_trace
 from saq_fx.symbolic import place_and_cause
 from saq_fx.tracing import ExampleInputs, Inputs, copied, split_inputs, trace, trace_symbolically
+from saq_fx.uncounted import has_weights
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
@@ -179,6 +180,8 @@ class _Splitter:
             self.untraced.append((path, str(error)))
             return
         if not _has_layers(part):
+            if has_weights(module):
+                self.untraced.append((path, f"{type(module).__name__} is not in the operator table; it stays in float"))
             return
         for name, value in vars(module).items():
             # Python code reads attributes of the modules that it calls.

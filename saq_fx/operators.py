@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from saq_fx.annotation import Shape
 from saq_fx.errors import PassError
-from saq_fx.operation_names import operation_name
+from saq_fx.operation_names import function_name, operation_name
 
 MacFormula = Callable[[Sequence[Any], Shape], int]
 
@@ -246,11 +246,14 @@ def operator_of(node: fx.Node) -> Operator | None:
     return None
 
 
-def operator_called(function: Callable[..., Any]) -> Operator | None:
-    """The entry that a function or a method of tensors belongs to, None for any other."""
+def arithmetic_called(function: Callable[..., Any]) -> str | None:
+    """The name of what a function or a method of tensors does, if that has multiply-adds or an entry in the table."""
     name = getattr(function, "__name__", "")
     is_method = getattr(torch.Tensor, name, None) is function
-    return _BY_FUNCTION.get(function) or (_BY_METHOD.get(name) if is_method else None)
+    entry = _BY_FUNCTION.get(function) or (_BY_METHOD.get(name) if is_method else None)
+    if entry is not None:
+        return entry.name
+    return name if function_name(function) in _UNCOUNTED else None
 
 
 def quantizable_names() -> frozenset[str]:

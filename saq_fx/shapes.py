@@ -51,8 +51,9 @@ def measure(gm: SaqGraphModule, example_inputs: ExampleInputs, watch: Watch) -> 
     batch = _batch_size((args, kwargs))
     if batch is None or batch == 1:
         return whole
+    args, kwargs = _first_sample((args, kwargs))
     try:
-        single = _run(gm, *_first_sample((args, kwargs)), watch)
+        single = _run(gm, args, kwargs, watch)
     except TracingError:
         return whole
     return single if _cut_only_the_batch(whole.shapes, single.shapes, batch) else whole

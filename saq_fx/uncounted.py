@@ -55,26 +55,40 @@ def may_multiply(gm: SaqGraphModule, node: fx.Node) -> bool:
     """Whether a node is neither a layer nor known to have no multiply-adds."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        library = type(module).__module__
-        is_plain = library.startswith(("torch.nn", "saq_fx")) and not _has_weights(module)
-        return not (is_plain or held_by(node, parts_of(gm)))
+        is_plain = type(module).__module__.startswith(("torch.nn", "saq_fx")) and not has_weights(module)
+        return not (is_plain or isinstance(module, SaqGraphModule))
     if node.op not in ("call_function", "call_method"):
         return False
     if operator_of(node) is not None:
         return problem_of(gm, node, Measured()) is not None
     name = operation_name(node)
-    is_known = name in MAKES_NEW or name in VIEWS or reads_shape_only(node) or held_by(node, parts_of(gm))
-    return not is_known
+    return not (name in MAKES_NEW or name in VIEWS or reads_shape_only(node))
 
 
 def uncounted_in(gm: SaqGraphModule, path: str, measured: Measured) -> Iterator[Uncounted]:
     """What is no layer in a graph, which is the part at `path`."""
+    parts, untraced = parts_of(gm), list(record_of(gm).untraced)
+    in_python = 0
     for node in gm.graph.nodes:
-        reason = None if annotation_of(node) is not None else _reason(gm, node, measured)
-        if reason is not None:
+        if held := held_by(node, parts):
+            if node in measured.macs:
+                in_python += measured.macs[node] - sum(_macs_of_graph(parts[each], measured) for each in held)
+        elif annotation_of(node) is None and (reason := _reason(gm, node, measured)) is not None:
             yield Uncounted(_name(node, path), reason, _macs(node, measured))
-    for name, reason in record_of(gm).untraced:
-        yield Uncounted(join_path(path, name), reason, 0)
+    if in_python > 0 and not untraced:
+        untraced.append(("", "multiplications run in Python code that cannot be traced"))
+    for name, reason in untraced:
+        # Of Python code only the sum is known.
+        yield Uncounted(join_path(path, name), reason, max(0, in_python))
+        in_python = 0
+
+
+def _macs_of_graph(part: SaqGraphModule, measured: Measured) -> int:
+    """All that runs when a part does, at all its calls."""
+    return sum(
+        layer.macs or 0 if (layer := annotation_of(node)) is not None else _macs(node, measured)
+        for node in part.graph.nodes
+    )
 
 
 def _name(node: fx.Node, path: str) -> str:
@@ -97,7 +111,7 @@ def _reason(gm: SaqGraphModule, node: fx.Node, measured: Measured) -> str | None
         return "is not in the operator table; it stays in float" if multiplies else None
     module = gm.get_submodule(str(node.target))
     is_listed = any(name.startswith(f"{node.target}.") for name, _ in record_of(gm).untraced)
-    if is_listed or not (multiplies or _has_weights(module)):
+    if is_listed or not (multiplies or has_weights(module)):
         return None
     return f"{type(module).__name__} is not in the operator table; it stays in float"
 
@@ -106,15 +120,16 @@ def _macs(node: fx.Node, measured: Measured) -> int:
     entry, shapes = operator_of(node), measured.shapes
     if node in measured.macs or entry is None or is_training_only(node):
         return measured.macs.get(node, 0)
-    return sum(
-        entry.macs([shapes[arg][run] if arg in shapes else arg for arg in node.args], output)
-        for run, output in enumerate(shapes.get(node, ()))
-    )
+    macs = 0
+    for run, output in enumerate(shapes.get(node, ())):
+        arguments = [shapes[arg][run] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in node.args]
+        macs += entry.macs(arguments, output)
+    return macs
 
 
-def _has_weights(module: nn.Module) -> bool:
+def has_weights(module: nn.Module) -> bool:
     """Whether a leaf has weights that no part of it takes care of."""
     if isinstance(module, (SaqGraphModule, *_NORMALIZES_OR_LOOKS_UP)):
         return False
     own = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-    return own or any(_has_weights(child) for child in module.children())
+    return own or any(has_weights(child) for child in module.children())

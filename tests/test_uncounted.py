@@ -263,3 +263,28 @@ def test_operands_that_are_not_dense_real_numbers_stay_as_they_are(
     expected = gm.eval()(x)
     save(gm, tmp_path / "model.safetensors")
     assert torch.equal(load(model, tmp_path / "model.safetensors", example_inputs=x).eval()(x), expected)
+
+
+class Branching(nn.Module):
+    """Python code with layers, products of its own, and modules that no graph replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h = h + 1 if h.sum() > 0 else h
+        packed = nn.utils.rnn.pack_padded_sequence(h, [5] * len(h), batch_first=True)
+        h = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+        return self.b(torch.fft.fft(h).real + h.inner(self.b.weight))
+
+
+def test_python_code_is_listed_with_what_it_multiplies_itself() -> None:
+    model = Branching().eval()
+    found = report(model)
+    assert [(row.name, row.macs) for row in found.rows] == [("a", LINEAR_MACS), ("b", LINEAR_MACS)]
+    assert {name for name, _ in found.uncounted} == {"fft_fft", "inner", "lstm"}
+    # The example is taken whole: it has two samples.
+    assert found.uncounted_macs in (LINEAR_MACS * 9, 2 * LINEAR_MACS * 9)

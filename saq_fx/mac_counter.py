@@ -20,6 +20,12 @@ def _recurrent(x: Tensor, weights: list[Tensor]) -> int:
     return math.prod(x.shape[:-1]) * sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
+def _fused_attention(query: Tensor, key: Tensor, *weights: Tensor) -> int:
+    """All projections of every token, and both products; torch's own modules run so in evaluation."""
+    tokens = math.prod(query.shape[:-1])
+    return tokens * sum(weight.numel() for weight in weights) + 2 * tokens * key.shape[-2] * key.shape[-1]
+
+
 # What torch's own counter leaves out.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     _aten.mv: lambda matrix, *rest, **options: matrix.numel(),
@@ -30,6 +36,12 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     _aten.conv_tbc: lambda x, weight, *rest, **options: x.numel() * weight.shape[0] * weight.shape[2],
     _aten.mkldnn_rnn_layer: lambda x, *rest, **options: _recurrent(x, tensors_in(rest[:2])),
     _aten._cudnn_rnn: lambda x, weights, *rest, **options: _recurrent(x, weights),
+    _aten._native_multi_head_attention: lambda query, key, *rest, **options: _fused_attention(
+        query, key, rest[3], rest[5]
+    ),
+    _aten._transformer_encoder_layer_fwd: lambda x, *rest, **options: _fused_attention(
+        x, x, rest[2], rest[4], rest[13], rest[15]
+    ),
     _aten.addmm_: lambda x, left, right, *rest, **options: left.numel() * right.shape[-1],
     _aten.baddbmm_: lambda x, left, right, *rest, **options: left.numel() * right.shape[-1],
     _aten.addbmm_: lambda x, left, right, *rest, **options: left.numel() * right.shape[-1],

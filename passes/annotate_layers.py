@@ -1,11 +1,10 @@
 """Finds the quantizable nodes and writes down what later passes need to know of each."""
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx, nn
+from torch import fx
 
 from saq_fx.annotation import (
     LayerAnnotation,
@@ -19,21 +18,14 @@ from saq_fx.annotation import (
     record_of,
     update_record,
 )
-from saq_fx.dataflow import depends_on_inputs, has_nonnegative_values, is_raw_input, reachable, tensor_at
+from saq_fx.dataflow import depends_on_inputs, is_raw_input, reachable, tensor_at
 from saq_fx.graph import SaqGraphModule, graphs, held_by, parts_of
-from saq_fx.operators import UNCOUNTED_FUNCTIONS, Operator, operator_of
+from saq_fx.operators import Operator, operator_of
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.shapes import NodeShapes, output_shapes
+from saq_fx.shapes import Measured, NodeShapes, measure
+from saq_fx.signs import has_nonnegative_values
 from saq_fx.tracing import ExampleInputs
-
-_NOT_COUNTED = (
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.modules.batchnorm._NormBase,
-)
+from saq_fx.uncounted import may_multiply, problem_of, uncounted_in
 
 
 @dataclass(frozen=True)
@@ -58,12 +50,17 @@ class AnnotateLayers(Pass):
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Annotates `gm` in place."""
         before = _state(gm)
-        calls = [call for path, part in graphs(gm) for call in _find_calls(part, path, self.embeddings)]
+        measured = Measured() if self.example_inputs is None else measure(gm, self.example_inputs, may_multiply)
+        calls = [call for path, part in graphs(gm) for call in _find_calls(part, path, self.embeddings, measured)]
         groups = _choice_groups(calls)
-        shapes = None if self.example_inputs is None else output_shapes(gm, self.example_inputs)
-        _describe(gm, calls, groups, shapes)
-        uncounted = [each for path, part in graphs(gm) for each in _uncounted(part, path)]
-        update_record(gm, annotated=True, uncounted=tuple(uncounted))
+        _describe(gm, calls, groups, None if self.example_inputs is None else measured.shapes)
+        uncounted = [each for path, part in graphs(gm) for each in uncounted_in(part, path, measured)]
+        update_record(
+            gm,
+            annotated=True,
+            uncounted=tuple((each.name, each.reason) for each in uncounted),
+            uncounted_macs=sum(each.macs for each in uncounted),
+        )
         return PassResult(gm, before != _state(gm))
 
 
@@ -100,13 +97,13 @@ class _Call:
         return node
 
 
-def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
+def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool, measured: Measured) -> list[_Call]:
     """The layers of one graph, which is the part at `path`."""
     dependent = depends_on_inputs(gm.graph)
     calls = []
     for node in gm.graph.nodes:
         entry = operator_of(node)
-        if entry is None or is_training_only(node) or _problem(node, entry) is not None:
+        if entry is None or is_training_only(node) or problem_of(gm, node, measured) is not None:
             continue
         left, right = node.args[entry.activation], node.args[entry.weight]
         if entry.name == "embedding" and (not embeddings or right in dependent):
@@ -119,16 +116,6 @@ def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
             calls.append(_Call(gm, node, entry, entry.activation, entry.weight, _source(right)))
     _name(calls, path)
     return calls
-
-
-def _problem(node: fx.Node, entry: Operator) -> str | None:
-    """Why a node of the table cannot be quantized and counted, None where it can."""
-    operands = [node.args[i] if i < len(node.args) else None for i in (entry.activation, entry.weight)]
-    if "out" in node.kwargs or not all(isinstance(operand, fx.Node) for operand in operands):
-        return "its operands are not two tensors"
-    if entry.name == "einsum" and len(node.args) != 3:
-        return "an einsum of more or fewer than two tensors"
-    return None
 
 
 def _source(node: fx.Node) -> str:
@@ -261,33 +248,3 @@ def _weight_shape(call: _Call) -> Shape:
     """The shape of a weight that no example reaches."""
     tensor = tensor_at(call.graph_module, call.weight_source) if call.weight_source is not None else None
     return tuple(tensor.shape) if tensor is not None else (0,)
-
-
-def _uncounted(gm: SaqGraphModule, path: str) -> Iterable[tuple[str, str]]:
-    """Operations with arithmetic that are no layers, as (name, reason), of the graph that is the part at `path`."""
-    for node in gm.graph.nodes:
-        if annotation_of(node) is not None:
-            continue
-        name, entry = str(node.target) if node.op == "call_module" else node.name, operator_of(node)
-        if entry is not None and entry.name == "embedding":
-            continue
-        if entry is not None:
-            where = join_path(join_path(path, owner_path(node)), node.name)
-            yield where, "runs in training only" if is_training_only(node) else str(_problem(node, entry))
-        elif node.op == "call_function" and node.target in UNCOUNTED_FUNCTIONS:
-            yield join_path(path, name), UNCOUNTED_FUNCTIONS[node.target]
-        elif node.op == "call_module":
-            module = gm.get_submodule(name)
-            is_listed = any(other.startswith(f"{name}.") for other, _ in record_of(gm).untraced)
-            if _has_weights(module) and not is_listed:
-                yield join_path(path, name), f"{type(module).__name__} is not in the operator table; it stays in float"
-    for name, reason in record_of(gm).untraced:
-        yield join_path(path, name), reason
-
-
-def _has_weights(module: nn.Module) -> bool:
-    """Whether a leaf has weights that no part of it takes care of."""
-    if isinstance(module, (SaqGraphModule, *_NOT_COUNTED)):
-        return False
-    own = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-    return own or any(_has_weights(child) for child in module.children())

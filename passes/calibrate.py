@@ -10,10 +10,11 @@ from torch import Tensor
 from saq_fx.annotation import record_of
 from saq_fx.errors import CalibrationError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.nested import cloned
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.quantizers import NOT_FINITE, Quantizer, initialize_all
 from saq_fx.recipe import Recipe
-from saq_fx.shapes import bind_inputs, evaluating, replaced_forwards
+from saq_fx.shapes import bind_inputs, replaced_forwards, without_trace
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 _SAMPLES_PER_BATCH = 2**14
@@ -43,9 +44,9 @@ class Calibrate(Pass):
             CalibrationError: values that are not finite; names the quantizer.
         """
         observers = {each: _Observer(path) for path, each in gm.named_modules() if isinstance(each, Quantizer)}
-        with evaluating(gm), replaced_forwards(observers):
+        with without_trace(gm), replaced_forwards(observers):
             for batch in self.batches:
-                args, kwargs = split_inputs(batch)
+                args, kwargs = cloned(split_inputs(batch))
                 bind_inputs(gm, args, kwargs)
                 gm(*args, **kwargs)
         recipe = record_of(gm).recipe or Recipe()
@@ -66,9 +67,9 @@ class _Observer:
 
     def __call__(self, value: Tensor) -> Tensor:
         if self._is_weight:
-            self.samples = [value]
+            self.samples = [value.detach()]
         else:
-            flat = value.flatten()
+            flat = value.detach().flatten()
             self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_BATCH)])
         return value
 

@@ -1,13 +1,13 @@
 """Modules, methods and fused attention become functional calls on explicit operands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from saq_fx.attention import can_open, open_multihead_attention
+from saq_fx.attention import can_open, functional_arguments, open_functional_attention, open_multihead_attention
 from saq_fx.graph import SaqGraphModule, attribute_at, graphs
 from saq_fx.modes import add_training_flag, flag_path
 from saq_fx.operators import operator_named, operator_of
@@ -33,7 +33,7 @@ class Canonicalize(Pass):
 
     - `conv(x)` becomes `conv2d(x, get_attr conv.weight, get_attr conv.bias, …)`; parameter names do not change.
     - `x @ y`, `x.matmul(y)` and operator overloads become the table's canonical function.
-    - `nn.MultiheadAttention` becomes projections around `scaled_dot_product_attention`.
+    - `nn.MultiheadAttention` and its functional form become projections around `scaled_dot_product_attention`.
     - parameters that are one tensor under several names are read by one node.
     """
 
@@ -49,7 +49,12 @@ class Canonicalize(Pass):
 def _rewrite_graph(gm: SaqGraphModule) -> bool:
     modified = False
     for node in list(gm.graph.nodes):
-        modified |= _rewrite_module(gm, node) if node.op == "call_module" else _rewrite_call(node)
+        if node.op == "call_module":
+            modified |= _rewrite_module(gm, node)
+        elif node.target is F.multi_head_attention_forward:
+            modified |= _rewrite_functional_attention(node)
+        else:
+            modified |= _rewrite_call(node)
     return _merge_tied_parameters(gm) or modified
 
 
@@ -61,7 +66,7 @@ def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
     expand: Callable[..., Any]
     if kind in _CONVOLUTIONS:
         expand = _expand_convolution
-    elif kind in _TRANSPOSED and len(node.args) == 1 and not node.kwargs:
+    elif kind in _TRANSPOSED:
         expand = _expand_transposed_convolution
     elif kind in _LINEAR:
         expand = _expand_linear
@@ -72,6 +77,14 @@ def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
     else:
         return False
     replace_node(gm.graph, node, lambda tracer: expand(module, _Operands(module, node, tracer)), kind)
+    return True
+
+
+def _rewrite_functional_attention(node: fx.Node) -> bool:
+    arguments = functional_arguments(node)
+    if arguments is None:
+        return False
+    replace_node(node.graph, node, lambda tracer: open_functional_attention(**as_proxies(arguments, tracer)))
     return True
 
 
@@ -138,17 +151,31 @@ def _expand_convolution(conv: Any, operands: _Operands) -> Any:
 def _expand_transposed_convolution(conv: Any, operands: _Operands) -> Any:
     function = operator_named(_TRANSPOSED[type(conv)]).function
     weight, bias = operands.parameter("weight"), operands.parameter("bias")
-    return operands.call(
-        function,
-        operands.input,
-        weight,
-        bias,
-        conv.stride,
-        conv.padding,
-        conv.output_padding,
-        conv.groups,
-        conv.dilation,
-    )
+    x, size = _input_and_size(*operands.args, **operands.kwargs)
+    padding = conv.output_padding
+    if size is not None:
+        padding = operands.call(output_padding, x, size, conv.stride, conv.padding, conv.kernel_size, conv.dilation)
+    return operands.call(function, x, weight, bias, conv.stride, conv.padding, padding, conv.groups, conv.dilation)
+
+
+def _input_and_size(input: Any, output_size: Any = None) -> tuple[Any, Any]:
+    """The arguments of `forward` of a transposed convolution."""
+    return input, output_size
+
+
+def output_padding(
+    x: Tensor,
+    output_size: Sequence[int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> list[int]:
+    """What a transposed convolution adds on one side to give the size that it is asked for."""
+    # A method that needs no object where there is a size.
+    find: Any = nn.modules.conv._ConvTransposeNd._output_padding
+    found: list[int] = find(None, x, list(output_size), stride, padding, kernel_size, len(kernel_size), dilation)
+    return found
 
 
 def _expand_linear(linear: Any, operands: _Operands) -> Any:

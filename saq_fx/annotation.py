@@ -93,7 +93,8 @@ class GraphRecord:
     """What is known of a graph as a whole.
 
     `tracing` is the way taken from model to graph; `uncounted` lists operations with arithmetic whose MACs are not in
-    the report, as (name, reason); `recipe` is what the quantizers were made by, None before they were.
+    the report's totals, as (name, reason), and `uncounted_macs` is their sum as far as it is known; `recipe` is what
+    the quantizers were made by, None before they were.
 
     Of a model captured by parts, `parts` are the paths of the outermost graphs inside this one, and `untraced` the
     operations of the table that run in Python around them, as (name, reason). Of a part, the last three fields say how
@@ -108,6 +109,7 @@ class GraphRecord:
     is_last: bool = True
     reads_network_input: bool = True
     uncounted: tuple[tuple[str, str], ...] = ()
+    uncounted_macs: int = 0
     annotated: bool = False
     recipe: Recipe | None = None
     perturbation_case: int | None = None

@@ -21,12 +21,13 @@ from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
 from saq_fx.modes import remove_flags
+from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
 from saq_fx.recording import INPUT, CallRecorder, Calls
-from saq_fx.shapes import evaluating
-from saq_fx.sharpness import preserve_buffers
+from saq_fx.shapes import without_trace
 from saq_fx.symbolic import place_and_cause
 from saq_fx.tracing import ExampleInputs, Inputs, copied, split_inputs, trace, trace_symbolically
+from saq_fx.uncounted import has_weights
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
@@ -137,16 +138,10 @@ def _holds_any(module: nn.Module, others: Container[nn.Module]) -> bool:
 
 
 def _record(model: nn.Module, python: Iterable[nn.Module], inputs: Inputs) -> CallRecorder:
-    args, kwargs = inputs
+    args, kwargs = inputs = cloned(inputs)
     recorder = CallRecorder(model, python)
     try:
-        with (
-            evaluating(model),
-            preserve_buffers(model),
-            torch.random.fork_rng(),
-            without_fused_layers(),
-            recorder.following(inputs),
-        ):
+        with without_trace(model), without_fused_layers(), recorder.following(inputs):
             model(*args, **kwargs)
     except Exception as error:
         raise TracingError(
@@ -188,6 +183,9 @@ class _Splitter:
         try:
             part = _accepting_all(module, calls)
             if not _has_layers(part):
+                if has_weights(module):
+                    reason = f"{type(module).__name__} is not in the operator table; it stays in float"
+                    self.untraced.append((path, reason))
                 return
             part.act_as(module)
         except TracingError as error:
@@ -203,8 +201,8 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
         return _capture(module, None)
     part = _capture(module, calls.inputs[0])
     try:
-        with evaluating(part), preserve_buffers(part), torch.random.fork_rng():
-            for args, kwargs in calls.inputs:
+        with without_trace(part):
+            for args, kwargs in cloned(calls.inputs):
                 part(*args, **kwargs)
     except Exception as error:
         return _capture_around(module, calls.inputs[0], place_and_cause(error))

@@ -7,6 +7,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from saq_fx.annotation import record_of
@@ -71,6 +72,9 @@ def load(
     except PatternError as error:
         raise CheckpointError(f"{path} was saved from another model than {type(model).__name__}: {error}") from error
     state = tensors | {name: tensors[kept] for name, kept in json.loads(header["aliases"]).items()}
+    for name, own in gm.state_dict().items():
+        if own.layout is not torch.strided and name in state:
+            state[name] = state[name].to_sparse(layout=own.layout)
     try:
         gm.load_state_dict(state)
     except RuntimeError as error:
@@ -83,7 +87,8 @@ def _without_aliases(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
     kept: dict[str, Tensor] = {}
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
-    for name, tensor in state.items():
+    for name, held in state.items():
+        tensor = held if held.layout is torch.strided else held.to_dense()
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
         if first.setdefault(key, name) == name:
             kept[name] = tensor.detach().contiguous().clone()

@@ -1,14 +1,10 @@
 """Questions about a graph's data flow, each answered in one sweep over its nodes."""
 
-import operator
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from saq_fx.attention import attention_probabilities
 from saq_fx.graph import attribute_at
 
 _ABOUT_SHAPE = {
@@ -81,116 +77,3 @@ def is_raw_input(gm: nn.Module) -> set[fx.Node]:
 
 def _is_parameter(gm: nn.Module, node: fx.Node) -> bool:
     return isinstance(tensor_at(gm, str(node.target)), nn.Parameter)
-
-
-_NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softplus, nn.Softmax2d)
-_PRESERVING_MODULES = (
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Identity,
-    nn.ZeroPad1d,
-    nn.ZeroPad2d,
-    nn.ZeroPad3d,
-    nn.ReflectionPad1d,
-    nn.ReflectionPad2d,
-    nn.ReplicationPad2d,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.ChannelShuffle,
-)
-_NONNEGATIVE_FUNCTIONS = {
-    F.relu, F.relu6, F.relu_, F.sigmoid, F.hardsigmoid, F.softmax, F.softplus, torch.relu, torch.relu_,
-    torch.sigmoid, torch.softmax, torch.exp, torch.abs, torch.square, attention_probabilities,
-}  # fmt: skip
-_NONNEGATIVE_METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "softmax", "exp", "abs", "square"}
-_PRESERVING_FUNCTIONS = {
-    operator.add, operator.mul, operator.iadd, operator.imul, operator.getitem, operator.truediv, torch.add,
-    torch.mul, torch.cat, torch.concat, torch.stack, torch.flatten, torch.reshape, torch.permute, torch.transpose,
-    torch.chunk, torch.split, torch.mean, torch.sum, torch.amax, torch.max, torch.squeeze, torch.unsqueeze,
-    torch.max_pool2d, torch.adaptive_avg_pool1d, torch.sqrt, torch.narrow, torch.unbind, torch.roll,
-    F.dropout, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool2d,
-    F.dropout2d, F.pixel_shuffle, F.pixel_unshuffle,
-}  # fmt: skip
-_PRESERVING_METHODS = {
-    "add", "add_", "mul", "mul_", "div", "div_", "view", "reshape", "flatten", "permute", "transpose", "contiguous",
-    "chunk", "split", "mean", "sum", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "unflatten", "movedim",
-    "to", "float", "half", "type_as", "clone", "unbind", "roll", "swapaxes", "sqrt", "amax", "max", "repeat_interleave",
-    "narrow", "detach", "t",
-}  # fmt: skip
-
-
-def has_nonnegative_values(gm: nn.Module) -> set[fx.Node]:
-    """Nodes whose values cannot be negative, decided from what produces them (docs/method.md)."""
-    graph: fx.Graph = gm.graph  # type: ignore[assignment]
-    nonnegative: set[fx.Node] = set()
-    for node in graph.nodes:
-        if _makes_nonnegative(gm, node) or (_preserves_sign(gm, node) and _operands_nonnegative(node, nonnegative)):
-            nonnegative.add(node)
-    return nonnegative
-
-
-def _makes_nonnegative(gm: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module: Any = gm.get_submodule(str(node.target))
-        if isinstance(module, nn.ReLU6):
-            return True
-        if isinstance(module, nn.Hardtanh):
-            return bool(module.min_val >= 0)
-        return isinstance(module, _NONNEGATIVE_MODULES)
-    if node.op == "call_function":
-        if node.target is F.hardtanh:
-            bound = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
-            return isinstance(bound, int | float) and bound >= 0
-        return node.target in _NONNEGATIVE_FUNCTIONS
-    return node.op == "call_method" and node.target in _NONNEGATIVE_METHODS
-
-
-def _preserves_sign(gm: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), _PRESERVING_MODULES)
-    if node.op == "call_function":
-        return node.target in _PRESERVING_FUNCTIONS or (node.target is F.pad and _pads_nonnegative(node))
-    return node.op == "call_method" and node.target in _PRESERVING_METHODS
-
-
-def _pads_nonnegative(node: fx.Node) -> bool:
-    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return value is None or (isinstance(value, int | float) and value >= 0)
-
-
-def _operands_nonnegative(node: fx.Node, nonnegative: set[fx.Node]) -> bool:
-    """Whether everything that a sign-preserving node combines is non-negative; sizes and flags do not count."""
-    tensors = [each for each in node.all_input_nodes if not (reads_shape_only(each) or _is_flag(each))]
-    scalars = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
-    arithmetic = node.target in (
-        operator.add,
-        operator.mul,
-        operator.iadd,
-        operator.imul,
-        operator.truediv,
-        "add",
-        "mul",
-    )
-    numbers = [value for value in node.args if isinstance(value, int | float)] if arithmetic else scalars
-    return bool(tensors) and all(each in nonnegative for each in tensors) and all(value >= 0 for value in numbers)
-
-
-def _is_flag(node: fx.Node) -> bool:
-    return node.op == "call_module" and str(node.target).endswith("training_flag")

@@ -13,6 +13,7 @@ from saq_fx.dataflow import reads_shape_only
 from saq_fx.effects import is_random, writes_first
 from saq_fx.graph import call_arguments
 from saq_fx.modes import is_flag
+from saq_fx.nested import cloned
 
 
 class _SizesByValue(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -102,12 +103,13 @@ class ExampleValues:
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             given = self._arguments.get(str(node.target), node.args[0] if node.args else None)
-            return fx.node.map_aggregate(given, lambda item: item.clone() if isinstance(item, Tensor) else item)
+            return cloned(given)
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             value = getattr(self._tracer.root.get_submodule(owner), name)
-            # Running statistics that this run moves must not be the model's own.
-            return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+            # Running statistics and averaged parameters that this run moves must not be the model's own.
+            is_trained = isinstance(value, nn.Parameter) and value.requires_grad
+            return value.clone() if isinstance(value, Tensor) and not is_trained else value
         args, kwargs = call_arguments(node, self._values.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -101,7 +101,7 @@ class Step(torch.autograd.Function):
         x, output, step, *rest = (each.detach() for each in ctx.saved_tensors)
         if rest:
             x, output = x - rest[0], output - rest[0]
-        scale = 1 / math.sqrt(x.numel() / step.numel() * ctx.high)
+        scale = 1 / math.sqrt(max(1, x.numel()) / step.numel() * ctx.high)
         passed = _pass_between(grad, x / step, ctx.low, ctx.high)
         grad_step = _level_gradient(grad, output, passed, x, step) * scale
         grad_offset = (grad - passed).sum_to_size(rest[0].shape) * scale if rest else None

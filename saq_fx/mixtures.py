@@ -173,7 +173,7 @@ class _Grid(NamedTuple):
 
     def gradient_scale(self, numel: int) -> float:
         """That of steps and offsets (LSQ, Sec. 2.2); clipping levels have none."""
-        return 1 / math.sqrt(numel * self.high) if self.has_step else 1.0
+        return 1 / math.sqrt(max(1, numel) * self.high) if self.has_step else 1.0
 
 
 class _Mix(torch.autograd.Function):

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.nn import functional as F
 
 from saq_fx.annotation import Shape
 from saq_fx.errors import PassError
+from saq_fx.operation_names import function_name, operation_name
 
 MacFormula = Callable[[Sequence[Any], Shape], int]
 
@@ -217,7 +219,8 @@ def _index() -> tuple[dict[Any, Operator], dict[str, Operator]]:
     functions: dict[Any, Operator] = {}
     methods: dict[str, Operator] = {}
     for entry in OPERATORS:
-        for function in (entry.function, *entry.aliases):
+        packets = {each.overloadpacket for each in entry.aliases if isinstance(each, OpOverload)}
+        for function in (entry.function, *entry.aliases, *packets):
             if function in functions:
                 raise PassError(f"operator table: {function} is claimed by {functions[function].name} and {entry.name}")
             functions[function] = entry
@@ -243,11 +246,14 @@ def operator_of(node: fx.Node) -> Operator | None:
     return None
 
 
-def operator_called(function: Callable[..., Any]) -> Operator | None:
-    """The entry that a function or a method of tensors belongs to, None for any other."""
+def arithmetic_called(function: Callable[..., Any]) -> str | None:
+    """The name of what a function or a method of tensors does, if that has multiply-adds or an entry in the table."""
     name = getattr(function, "__name__", "")
     is_method = getattr(torch.Tensor, name, None) is function
-    return _BY_FUNCTION.get(function) or (_BY_METHOD.get(name) if is_method else None)
+    entry = _BY_FUNCTION.get(function) or (_BY_METHOD.get(name) if is_method else None)
+    if entry is not None:
+        return entry.name
+    return name if function_name(function) in _UNCOUNTED else None
 
 
 def quantizable_names() -> frozenset[str]:
@@ -256,28 +262,21 @@ def quantizable_names() -> frozenset[str]:
     return frozenset(names | {"multi_head_attention_forward"})
 
 
-UNCOUNTED_FUNCTIONS: dict[Any, str] = dict.fromkeys(
-    (
-        torch.bilinear,
-        torch.cdist,
-        torch.chain_matmul,
-        torch.dot,
-        torch.inner,
-        torch.kron,
-        torch.linalg.multi_dot,
-        torch.mv,
-        torch.outer,
-        torch.tensordot,
-        torch.fft.fft,
-        torch.fft.fft2,
-        torch.fft.fftn,
-        torch.fft.ifft,
-        torch.fft.ifft2,
-        torch.fft.irfft,
-        torch.fft.irfft2,
-        torch.fft.rfft,
-        torch.fft.rfft2,
-    ),
-    "no MAC formula for this operation; it stays in float",
-)
-"""Functions with multiply-add arithmetic that is not counted, with the reason that the report gives."""
+_UNCOUNTED = {
+    "addbmm", "addmv", "addr", "bilinear", "cdist", "chain_matmul", "cholesky", "cholesky_inverse",
+    "cholesky_solve", "conv_tbc", "convolution", "_convolution", "det", "dot", "eig", "eigh", "eigvals", "eigvalsh",
+    "fft", "fft2", "fftn", "ger", "gru", "gru_cell", "hfft", "hspmm", "ifft", "ifft2", "ifftn", "ihfft", "inner",
+    "inv", "inv_ex", "inverse", "irfft", "irfft2", "irfftn", "istft", "kron", "logdet", "lstm", "lstm_cell",
+    "lstsq", "matrix_exp", "matrix_power", "multi_dot", "multi_head_attention_forward", "mv", "outer", "pinv",
+    "pinverse", "qr", "rfft", "rfft2", "rfftn", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
+    "sampled_addmm", "slogdet", "smm", "solve", "solve_ex", "solve_triangular", "stft", "svd", "svdvals",
+    "tensordot", "vdot", "vecdot",
+}  # fmt: skip
+
+
+def uncounted_reason(node: fx.Node) -> str | None:
+    """Why an operation with multiply-add arithmetic has no entry, for the report; None for all other nodes."""
+    name = operation_name(node)
+    # Of the table's names those that are no entry: `addmm_`, `sparse.mm`.
+    known = name in _UNCOUNTED or (name in _BY_NAME and name != "embedding" and operator_of(node) is None)
+    return "no MAC formula for this operation; it stays in float" if known else None

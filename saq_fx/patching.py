@@ -10,9 +10,9 @@ from torch import fx
 from torch.fx import _symbolic_trace
 from torch.utils import checkpoint
 
+from saq_fx.bytecode import multiplies
 from saq_fx.errors import TracingError
 from saq_fx.graph import without_fused_layers
-from saq_fx.operators import quantizable_names
 
 _FACTORIES = ("arange", "eye", "finfo", "iinfo", "linspace", "tensor")
 # What is random must be drawn anew in each run, and what is filled in place must be made anew.
@@ -80,12 +80,7 @@ def _rejecting_checkpoints() -> Iterator[None]:
 def _following_wrapped_products() -> Iterator[None]:
     """Within: functions registered by `fx.wrap` that call an operation of the table are no leaves."""
     table = _symbolic_trace._wrapped_fns_to_patch
-    names = quantizable_names()
-    followed = {
-        key: frame
-        for key, frame in table.items()
-        if names.intersection(getattr(getattr(frame.get(key[1]), "__code__", None), "co_names", ()))
-    }
+    followed = {key: frame for key, frame in table.items() if multiplies(frame.get(key[1]))}
     for key in followed:
         del table[key]
     try:

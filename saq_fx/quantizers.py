@@ -315,6 +315,7 @@ def initialize_all(data: Iterable[tuple[Quantizer, Tensor]], method: str = "mse"
         elif low == high == 0 or quantizer.bits == FLOAT_BITS:
             quantizer.level.fill_(1)
             _finish([quantizer])
+            quantizer.initialized &= x.numel() > 0  # what is empty tells nothing
         else:
             rows = quantizer.rows(x.detach())
             alike[quantizer.grid, rows.shape[1], rows.dtype, rows.device].append((quantizer, rows))

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from saq_fx.annotation import join_path
-from saq_fx.operators import operator_called
-from saq_fx.shapes import tensors_in
+from saq_fx.nested import tensors_in
+from saq_fx.operators import arithmetic_called
 
 INPUT = ""
 """The origin of what is the network's input still, at most rearranged or rescaled without parameters."""
@@ -29,8 +29,8 @@ class Calls:
 class CallRecorder(TorchFunctionMode):
     """While entered, notes the calls that the code of `python` modules makes of other modules and of the table.
 
-    `calls` are the modules called; `operations` the names of quantizable operations that such code runs itself, each
-    with the module whose code it is. The origins of a call are those called modules whose outputs its inputs were
+    `calls` are the modules called; `operations` the names of operations with multiply-adds that such code runs itself,
+    each with the module whose code it is. The origins of a call are those called modules whose outputs its inputs were
     computed from, and `INPUT`.
 
     Args:
@@ -88,9 +88,9 @@ class CallRecorder(TorchFunctionMode):
     ) -> Any:
         """Passes on where values came from; in-place functions pass it to what they change."""
         output = func(*args, **(kwargs or {}))
-        entry = operator_called(func)
-        if entry is not None and self._is_called_from_python():
-            self.operations[join_path(self._paths[self._stack[-1]], entry.name)] = self._stack[-1]
+        name = arithmetic_called(func) if self._is_called_from_python() else None
+        if name is not None:
+            self.operations[join_path(self._paths[self._stack[-1]], name)] = self._stack[-1]
         operands = tensors_in((args, kwargs or {}))
         origins = set().union(*(self._origins.get(tensor, ()) for tensor in operands))
         if any(isinstance(tensor, nn.Parameter) for tensor in operands):

@@ -67,8 +67,9 @@ class LayerRow:
 class PrecisionReport:
     """What a prepared network costs, for one sample; `str()` is a table.
 
-    `uncounted` are operations with arithmetic that the totals leave out, as (name, reason). `tracing` is the way taken
-    from model to graph. Averages are over all elements of the layers' weights and of their input activations.
+    `uncounted` are operations with arithmetic that the totals leave out, as (name, reason), and `uncounted_macs` their
+    MACs as far as they are known. `tracing` is the way taken from model to graph. Averages are over all elements of the
+    layers' weights and of their input activations.
     """
 
     rows: tuple[LayerRow, ...]
@@ -76,6 +77,7 @@ class PrecisionReport:
     average_activation_bits: float
     uncounted: tuple[tuple[str, str], ...]
     tracing: str
+    uncounted_macs: int = 0
 
     @property
     def total_macs(self) -> int:
@@ -104,9 +106,9 @@ class PrecisionReport:
 
     @property
     def quantized_share(self) -> float:
-        """Share of the MACs, from 0 to 1, with both operands below 32 bits."""
+        """Share of the MACs, from 0 to 1, with both operands below 32 bits; `uncounted_macs` have none."""
         quantized = (row.macs for row in self.rows if max(row.weight_bits, row.activation_bits) < FLOAT_BITS)
-        return sum(quantized) / (self.total_macs or 1)
+        return sum(quantized) / (self.total_macs + self.uncounted_macs or 1)
 
     def __str__(self) -> str:
         # Only the text form can break headers and notes into lines.
@@ -168,12 +170,14 @@ class PrecisionReport:
             f"Peak of the activations: {_readable(self.peak_activation_bytes)} bytes. Tracing: {self.tracing}."
         )
         uncounted = "; ".join(f"{name} ({reason})" for name, reason in self.uncounted) or "none"
+        if self.uncounted_macs:
+            uncounted += f"; together they have {_readable(self.uncounted_macs)} MACs, as far as that is known"
         return [facts, *_NOTES, f"Operations with arithmetic that is not counted: {uncounted}."]
 
     def _totals(self) -> dict[str, float]:
         names = (
             "total_macs", "total_bitops", "total_weight_bytes", "total_activation_bytes", "peak_activation_bytes",
-            "average_weight_bits", "average_activation_bits", "quantized_share",
+            "average_weight_bits", "average_activation_bits", "quantized_share", "uncounted_macs",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -192,6 +196,7 @@ def precision_report(gm: fx.GraphModule) -> PrecisionReport:
         average_activation_bits=costs.average_activation_bits(costs.assigned),
         uncounted=record.uncounted,
         tracing=record.tracing,
+        uncounted_macs=record.uncounted_macs,
     )
 
 

@@ -1,40 +1,88 @@
-"""Shapes of every tensor in a graph, found by running it once."""
+"""What a run of a graph tells: shapes and types of its tensors, and MACs of what the operator table lacks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from saq_fx.annotation import Shape
+from saq_fx.annotation import Shape, record_of
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, graphs
+from saq_fx.mac_counter import MacCounter
+from saq_fx.mutation import written_parameters
+from saq_fx.nested import cloned, map_tensors, tensors_in
+from saq_fx.sharpness import preserve_buffers
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
+Watch = Callable[[SaqGraphModule, fx.Node], bool]
+Runner = Callable[[SaqGraphModule, fx.Node, Callable[[], Any]], Any]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def output_shapes(gm: SaqGraphModule, example_inputs: ExampleInputs) -> NodeShapes:
-    """Shapes of each node's tensor, for one sample, in evaluation mode: one for each time that the node runs.
+@dataclass
+class Measured:
+    """One run, by node: shapes of its tensor at each time that it ran, and a few facts more.
+
+    `unfit` are the types of tensors that no quantizer takes, as they are not dense real numbers; `macs` are those of
+    the nodes that were watched.
+    """
+
+    shapes: NodeShapes = field(default_factory=dict)
+    unfit: dict[fx.Node, str] = field(default_factory=dict)
+    macs: dict[fx.Node, int] = field(default_factory=dict)
+
+
+def measure(gm: SaqGraphModule, example_inputs: ExampleInputs, watch: Watch) -> Measured:
+    """Runs a graph in evaluation mode for what there is to know of one sample; leaves no trace in graph or inputs.
 
     The first axis that all example tensors share is taken for the batch and cut to one sample; where the model does
     not run on that, or where a cut would change more than the first axis of its layers, the inputs are taken whole.
+
+    Args:
+        watch: the nodes whose MACs are to be counted as they run.
 
     Raises:
         TracingError: the graph does not run on the example inputs.
     """
     args, kwargs = split_inputs(example_inputs)
-    whole = _run(gm, args, kwargs)
+    whole = _run(gm, args, kwargs, watch)
     batch = _batch_size((args, kwargs))
     if batch is None or batch == 1:
         return whole
+    args, kwargs = _first_sample((args, kwargs))
     try:
-        single = _run(gm, *_first_sample((args, kwargs)))
+        single = _run(gm, args, kwargs, watch)
     except TracingError:
         return whole
-    return single if _cut_only_the_batch(whole, single, batch) else whole
+    return single if _cut_only_the_batch(whole.shapes, single.shapes, batch) else whole
+
+
+def unfit_type(tensor: Tensor) -> str | None:
+    """The type of a tensor that no quantizer takes, None of dense real numbers."""
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return None if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def without_trace(model: nn.Module) -> Iterator[None]:
+    """Within: evaluation mode without gradients. Afterwards modes, state and random numbers are what they were."""
+    is_graph = isinstance(model, SaqGraphModule) and not record_of(model).parts and not record_of(model).untraced
+    # Python code may write to any parameter.
+    parameters = written_parameters(model) if is_graph else list(model.parameters())
+    saved = [parameter.detach().clone() for parameter in parameters]
+    try:
+        with evaluating(model), preserve_buffers(model), torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(parameters, saved, strict=True):
+                parameter.copy_(before)
 
 
 @contextmanager
@@ -57,10 +105,10 @@ def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
 
 
 class _Interpreter:
-    """Runs one graph, of a whole model or of a part of it, and shows each value to `see`."""
+    """Runs one graph, of a whole model or of a part of it, each node by `run`."""
 
-    def __init__(self, gm: SaqGraphModule, see: Callable[[fx.Node, Any], None] | None) -> None:
-        self._gm, self._see = gm, see
+    def __init__(self, gm: SaqGraphModule, run: Runner | None) -> None:
+        self._gm, self._run = gm, run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         graph = self._gm.graph
@@ -68,9 +116,8 @@ class _Interpreter:
         values: dict[fx.Node, Any] = {}
         uses: dict[fx.Node, int] = {}
         for node in graph.nodes:
-            value = next(inputs) if node.op == "placeholder" else self._compute(node, values)
-            if self._see is not None:
-                self._see(node, value)
+            compute = partial(self._compute, node, values, inputs)
+            value = compute() if self._run is None else self._run(self._gm, node, compute)
             if node.op == "output":
                 return graph.process_outputs(value)
             values[node], uses[node] = value, len(node.users)
@@ -80,8 +127,10 @@ class _Interpreter:
                     del values[each]
         return None
 
-    def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any], inputs: Iterator[Any]) -> Any:
         try:
+            if node.op == "placeholder":
+                return next(inputs)
             if node.op == "get_attr":
                 return attribute_at(self._gm, str(node.target))
             args, kwargs = call_arguments(node, values.__getitem__)
@@ -98,9 +147,9 @@ class _Interpreter:
 
 
 @contextmanager
-def interpreted(gm: SaqGraphModule, see: Callable[[fx.Node, Any], None] | None = None) -> Iterator[None]:
-    """Within: a call of the model runs its graphs node by node, as they are now, and shows each value to `see`."""
-    with replaced_forwards({each: _Interpreter(each, see) for _, each in graphs(gm)}):
+def interpreted(gm: SaqGraphModule, run: Runner | None = None) -> Iterator[None]:
+    """Within: a call of the model runs its graphs node by node, as they are now, each node by `run` where given."""
+    with replaced_forwards({each: _Interpreter(each, run) for _, each in graphs(gm)}):
         yield
 
 
@@ -144,16 +193,27 @@ def bind_inputs(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     )
 
 
-def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NodeShapes:
-    shapes: NodeShapes = {}
+def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Watch) -> Measured:
+    measured = Measured()
 
-    def note(node: fx.Node, value: Any) -> None:
+    def run(part: SaqGraphModule, node: fx.Node, compute: Callable[[], Any]) -> Any:
+        if watch(part, node):
+            with MacCounter() as counter:
+                value = compute()
+            measured.macs[node] = measured.macs.get(node, 0) + counter.macs
+        else:
+            value = compute()
         if isinstance(value, Tensor):
-            shapes.setdefault(node, []).append(tuple(value.shape))
+            measured.shapes.setdefault(node, []).append(tuple(value.shape))
+            unfit = unfit_type(value)
+            if unfit is not None:
+                measured.unfit[node] = unfit
+        return value
 
     bind_inputs(gm, args, kwargs)
     try:
-        with evaluating(gm), torch.random.fork_rng(), interpreted(gm, note):
+        with without_trace(gm), interpreted(gm, run):
+            args, kwargs = cloned((args, dict(kwargs)))
             gm(*args, **kwargs)
     except Exception as error:
         given = [tuple(each.shape) for each in tensors_in((args, kwargs))]
@@ -161,14 +221,7 @@ def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         raise TracingError(
             f"the graph does not run on the example inputs of shapes {given}: {error} {where}".rstrip()
         ) from error
-    return shapes
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors of a nested value, in order."""
-    found: list[Tensor] = []
-    fx.node.map_aggregate(value, lambda item: found.append(item) if isinstance(item, Tensor) else None)
-    return found
+    return measured
 
 
 def _batch_size(inputs: Any) -> int | None:
@@ -178,10 +231,12 @@ def _batch_size(inputs: Any) -> int | None:
 
 
 def _first_sample(inputs: Any) -> Any:
-    return fx.node.map_aggregate(inputs, lambda item: item[:1] if isinstance(item, Tensor) and item.dim() > 0 else item)
+    return map_tensors(lambda tensor: tensor[:1] if tensor.dim() > 0 else tensor, inputs)
 
 
-def _cut_only_the_batch(whole: NodeShapes, single: NodeShapes, batch: int) -> bool:
+def _cut_only_the_batch(
+    whole: Mapping[fx.Node, list[Shape]], single: Mapping[fx.Node, list[Shape]], batch: int
+) -> bool:
     """Whether every tensor has the same axes in both runs but for one that holds the batch."""
     if {node: len(shapes) for node, shapes in whole.items()} != {node: len(shapes) for node, shapes in single.items()}:
         return False

@@ -101,8 +101,8 @@ class Buffers:
     def __init__(self, module: nn.Module) -> None:
         self._owners = {owner: dict(owner._buffers) for owner in module.modules()}
         held = [buffer for buffers in self._owners.values() for buffer in buffers.values() if buffer is not None]
-        # Nothing can write to an expanded buffer, which shares memory among its elements.
-        self._buffers = [buffer for buffer in held if 0 not in buffer.stride()]
+        # Nothing can write to an expanded buffer, which shares memory among its elements; sparse ones are replaced.
+        self._buffers = [buffer for buffer in held if buffer.layout is torch.strided and 0 not in buffer.stride()]
         self._saved = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()

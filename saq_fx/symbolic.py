@@ -18,6 +18,7 @@ from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
 
 from saq_fx.attention import can_open, open_multihead_attention
+from saq_fx.bytecode import multiplies
 from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
 from saq_fx.modes import flag_path
@@ -65,8 +66,8 @@ class SymbolicTracer(fx.Tracer):
     """Records one run of a model's forward on symbolic inputs.
 
     Leaves are torch's own layers, except those that hold other modules, hooks or parametrizations, and modules
-    without parameters that behave differently in training (stochastic depth, custom dropouts). Functions that asked
-    for being leaves (`fx.wrap`) are followed all the same if they multiply tensors.
+    without parameters that behave differently in training (stochastic depth, custom dropouts). Those, and functions
+    that asked for being leaves (`fx.wrap`), are followed all the same if they multiply tensors.
 
     Where Python needs a value (`if`, `len`, `range`), it is computed from the example inputs, and a guard node makes
     sure that a later run with other values is an error and not another function. A submodule whose code cannot be
@@ -111,7 +112,9 @@ class SymbolicTracer(fx.Tracer):
             return False
         if super().is_leaf_module(m, module_qualified_name):
             return True
-        return not any(True for _ in m.parameters()) and "training" in type(m).forward.__code__.co_names
+        forward = type(m).forward
+        is_parameterless = not any(True for _ in m.parameters())
+        return is_parameterless and "training" in forward.__code__.co_names and not multiplies(forward, type(m))
 
     @property
     def current_path(self) -> str:

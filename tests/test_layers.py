@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
     0: "errors precision recipe fake_quantization fitting quantizers mixtures sharpness allocation batching parallel"
-    " parameters training_recipe distillation",
-    1: "alignment annotation attention capture dataflow effects example_values exported graph modes operators "
-    "pass_base patching recording rewriting shapes symbolic tracing",
+    " parameters training_recipe distillation nested mac_counter",
+    1: "alignment annotation attention bytecode capture dataflow effects example_values exported graph modes mutation "
+    "operation_names operators pass_base patching recording rewriting shapes signs symbolic tracing uncounted",
     2: "cost choices report resume two_passes",
     3: "training step",
     4: "__init__ prepare search search_result baselines checkpoint data models networks plots cli demo train_command",

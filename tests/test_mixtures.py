@@ -103,3 +103,10 @@ def test_a_constant_weight_is_mixed_like_any_other(dtype: torch.dtype) -> None:
         assert y.abs().max() < 1e-15  # as normalized: what is constant is no signal
         y.sum().backward()
         assert all(torch.isfinite(each.grad).all() for each in (x, mixed.logits, *mixed.parameters()))
+
+
+def test_a_batch_of_no_samples_moves_nothing() -> None:
+    mixed = mixture("steps", (2, 4), [0.3, -0.2])
+    mixed(torch.randn(4, 6, dtype=torch.double))
+    mixed(torch.randn(0, 6, dtype=torch.double, requires_grad=True)).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in mixed.parameters())

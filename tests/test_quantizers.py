@@ -236,3 +236,16 @@ def test_many_are_initialized_as_each_by_itself(method: str) -> None:
 def test_bad_bits_are_named(bits: int) -> None:
     with pytest.raises(PrecisionError, match=f"{bits} bits"):
         ClipWeightQuantizer(bits)
+
+
+@pytest.mark.parametrize("kind", [each for each in MODULES if "channels" not in each])
+def test_a_batch_of_no_samples_moves_nothing(kind: str) -> None:
+    quantizer, empty = MODULES[kind](4), torch.randn(0, 5, 4, requires_grad=True)
+    quantizer(empty)
+    assert not quantizer.initialized  # there is nothing to fit levels to
+    quantizer(data())
+    quantizer(empty).sum().backward()
+    assert quantizer.level.grad is not None
+    assert not quantizer.level.grad.any()
+    assert empty.grad is not None
+    assert empty.grad.shape == (0, 5, 4)

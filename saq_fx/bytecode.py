@@ -1,0 +1,39 @@
+"""Whether a function multiplies tensors, told from its bytecode, before anything runs."""
+
+import dis
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from saq_fx.operators import quantizable_names
+
+
+def multiplies(function: Any, owner: type | None = None) -> bool:
+    """Whether a function names an operation of the table or uses `@`, itself or in what it calls by name.
+
+    Args:
+        owner: the class whose methods it may call.
+    """
+    pending, seen, names = [function], set(), quantizable_names()
+    while pending:
+        current = pending.pop()
+        if not isinstance(current, FunctionType) or current in seen or current.__module__.startswith("torch."):
+            continue
+        seen.add(current)
+        for code in _codes(current.__code__):
+            if names.intersection(code.co_names) or any(map(_is_matmul, dis.get_instructions(code))):
+                return True
+            pending += [current.__globals__.get(name) or getattr(owner, name, None) for name in code.co_names]
+    return False
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _is_matmul(instruction: dis.Instruction) -> bool:
+    return instruction.opname == "BINARY_OP" and instruction.argrepr.startswith("@")

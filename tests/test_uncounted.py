@@ -1,0 +1,290 @@
+"""Arithmetic is never dropped silently: it is a layer, or it is listed, and its MACs count in the quantized share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saq_fx.checkpoint import load, save
+from saq_fx.graph import layers
+from saq_fx.prepare import prepare_saq
+from saq_fx.report import PrecisionReport, precision_report
+
+V = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+LINEAR_MACS = 5 * 8 * 8
+Body = Callable[["Around", Tensor], Tensor]
+
+
+class Around(nn.Module):
+    """A function of an activation between two linear layers."""
+
+    def __init__(self, body: Body, **modules: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.w = nn.Parameter(torch.randn(8, 8))
+        self.body = body
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.body(self, self.a(x)))
+
+
+def report(model: nn.Module, inputs: Any = V) -> PrecisionReport:
+    gm = prepare_saq(model, example_inputs=inputs)
+    gm(*inputs) if isinstance(inputs, tuple) else gm(inputs)
+    return precision_report(gm)
+
+
+# With the MACs for one sample, 0 where they are not known.
+LISTED: dict[str, tuple[Body, int]] = {
+    "inner": (lambda m, h: h.inner(m.w), LINEAR_MACS),
+    "mv": (lambda m, h: h + h.flatten(0, 1).mv(m.w[0]).sum(), 5 * 8),
+    "dot": (lambda m, h: h + h[0, 0].dot(m.w[0]), 8),
+    "vdot": (lambda m, h: h + torch.vdot(h[0, 0], m.w[0]), 8),
+    "outer": (lambda m, h: h + h[0, 0].outer(m.w[0])[0], 0),
+    "addbmm": (lambda m, h: h + torch.addbmm(h[0], h, m.w.expand(h.shape[0], 8, 8)), LINEAR_MACS),
+    "addmv": (lambda m, h: h + torch.addmv(h[0, 0], m.w, m.w[1]), 64),
+    "addmm_": (lambda m, h: h.flatten(0, 1).clone().addmm_(h.flatten(0, 1), m.w).view_as(h), LINEAR_MACS),
+    "convolution": (
+        lambda m, h: torch.convolution(h, m.w[:5, :5, None], None, [1], [0], [1], False, [0], 1),
+        5 * 5 * 8,
+    ),
+    "aten_convolution": (
+        lambda m, h: torch.ops.aten.convolution(h, m.w[:5, :5, None], None, [1], [0], [1], False, [0], 1),
+        5 * 5 * 8,
+    ),
+    "conv_tbc": (lambda m, h: torch.conv_tbc(h, m.w[None], torch.zeros(8)), LINEAR_MACS),
+    "matrix_power": (lambda m, h: h + torch.linalg.matrix_power(m.w * h[0, 0], 2)[0], 8 * 8 * 8),
+    "matrix_exp": (lambda m, h: h + torch.matrix_exp(m.w * h[0, 0])[0], 0),
+    "solve": (lambda m, h: h + torch.linalg.solve(torch.eye(8) + 0 * h[0, :1], m.w)[0], 0),
+    "inv": (lambda m, h: h + torch.linalg.inv(torch.eye(8) + 0 * h[0, :1])[0], 0),
+    "vecdot": (lambda m, h: h + torch.linalg.vecdot(h, m.w[0])[..., None], 0),
+    "rfftn": (lambda m, h: torch.fft.irfftn(torch.fft.rfftn(h)), 0),
+    "stft": (lambda m, h: h + torch.stft(h[0, 0], 8, window=torch.ones(8), return_complex=True).abs().sum(), 0),
+    "cov": (lambda m, h: h + torch.cov(h[0]).sum(), 5 * 8 * 5),
+    "einsum_of_three": (lambda m, h: torch.einsum("bij,jk,kl->bil", h, m.w, m.w), 2 * LINEAR_MACS),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_what_has_no_entry_is_listed_with_its_macs(name: str) -> None:
+    body, macs = LISTED[name]
+    found = report(Around(body))
+    assert [row.name for row in found.rows] == ["a", "b"]
+    assert found.uncounted
+    assert found.uncounted_macs == macs
+    assert found.quantized_share == pytest.approx(2 * LINEAR_MACS / (2 * LINEAR_MACS + macs))
+
+
+def test_overload_packets_are_layers() -> None:
+    found = report(Around(lambda m, h: torch.ops.aten.mm(torch.ops.aten.linear(h, m.w).flatten(0, 1), m.w)))
+    assert [(row.op, row.macs) for row in found.rows] == [
+        ("linear", 320),
+        ("linear", 320),
+        ("mm", 320),
+        ("linear", 320),
+    ]
+    assert found.uncounted == ()
+
+
+class Attention(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.dropout((q @ k.transpose(-2, -1)).softmax(-1), 0.1, self.training) @ v
+
+
+class Calling(nn.Module):
+    def products(self, q: Tensor) -> Tensor:
+        return torch.bmm(q, q.mT)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.dropout(self.products(q), 0.1, self.training)[..., :1] * v
+
+
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(()) > 0.5) if self.training else x
+
+
+def test_modules_without_parameters_that_multiply_are_followed() -> None:
+    model = Around(lambda m, h: m.dropping(m.calling(*[m.attention(h, h, h)] * 3)))
+    model.attention, model.calling, model.dropping = Attention(), Calling(), Dropping()
+    gm = prepare_saq(model, example_inputs=V)
+    names = ["a", "attention.matmul", "attention.matmul_1", "calling.bmm", "b"]
+    assert [row.name for row in precision_report(gm).rows] == names
+    assert any(node.target == "dropping" for node in gm.graph.nodes)
+    gm.train()
+    torch.manual_seed(0)
+    first = gm(V)
+    assert not torch.equal(first, gm(V))
+    assert torch.equal(gm.eval()(V), gm(V))
+
+
+class Pooling(nn.Module):
+    """CLIP's pooling by attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+        self.c_proj = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        x = self.conv(x).flatten(2).permute(2, 0, 1)
+        x = torch.cat([x.mean(0, keepdim=True), x])
+        pooled, _ = F.multi_head_attention_forward(
+            query=x[:1], key=x, value=x, embed_dim_to_check=x.shape[-1], num_heads=2,
+            q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight, v_proj_weight=self.v_proj.weight,
+            in_proj_weight=None, in_proj_bias=torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]),
+            bias_k=None, bias_v=None, add_zero_attn=self.zero, dropout_p=0.0, out_proj_weight=self.c_proj.weight,
+            out_proj_bias=self.c_proj.bias, use_separate_proj_weight=True, training=self.training, need_weights=False,
+        )  # fmt: skip
+        return pooled.squeeze(0)
+
+    zero = False
+
+
+def test_functional_attention_is_opened() -> None:
+    model, x = Pooling().eval(), torch.randn(2, 3, 6, 6)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert torch.allclose(gm(x), model(x), rtol=1e-6, atol=1e-6)
+    found = report(model, x)
+    assert [(row.name, row.macs) for row in found.rows] == [
+        ("conv", 8 * 16 * 27),
+        ("q_proj", 64),
+        ("k_proj", 17 * 64),
+        ("v_proj", 17 * 64),
+        ("matmul", 17 * 8),
+        ("matmul_1", 17 * 8),
+        ("c_proj", 48),
+    ]
+    assert found.quantized_share == 1
+
+
+def test_functional_attention_that_has_no_open_form_is_listed() -> None:
+    model = Pooling()
+    model.zero = True
+    found = report(model, torch.randn(2, 3, 6, 6))
+    ((name, _),) = found.uncounted
+    assert name == "multi_head_attention_forward"
+    assert found.uncounted_macs == 64 + 2 * 17 * 64 + 2 * 18 * 8 + 48
+
+
+def test_layers_that_stay_float_lower_the_share() -> None:
+    for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):
+        model = Around(lambda m, h: m.attention(h, h, h)[0])
+        model.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        found = report(model)
+        assert [name for name, _ in found.uncounted] == ["attention"]
+        assert found.uncounted_macs == 4 * LINEAR_MACS + 2 * 5 * 6 * 8
+        assert found.quantized_share == 2 * LINEAR_MACS / (6 * LINEAR_MACS + 2 * 5 * 6 * 8)
+        assert f"{found.quantized_share:.1%} of the MACs" in str(found)
+    model = Around(lambda m, h: m.lstm(h)[0])
+    model.lstm = nn.LSTM(8, 8, batch_first=True)
+    assert report(model).uncounted_macs == 4 * 2 * LINEAR_MACS
+
+
+class Resized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 3, stride=2), nn.ConvTranspose2d(4, 3, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(F.relu(self.down(x)), output_size=x.shape[-2:])
+
+
+def test_a_transposed_convolution_to_a_size_is_a_layer() -> None:
+    model = Resized().eval()
+    gm = prepare_saq(model, example_inputs=torch.randn(2, 3, 8, 8), precision=None)
+    for size in (8, 9):
+        x = torch.randn(1, 3, size, size)
+        assert torch.equal(gm(x), model(x))
+        assert gm(x).shape == x.shape
+    assert [layer.macs for _, layer in layers(gm)] == [4 * 9 * 27, 4 * 9 * 27]
+
+
+class Fourier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.w = nn.Parameter(torch.randn(8, 8, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.fft.fft(self.lift(x))
+        return self.out(torch.fft.ifft(torch.einsum("bij,jk->bik", h @ self.w, self.w)).real)
+
+
+class Codes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(64, 8), nn.Linear(8, 2)
+        self.register_buffer("strides", torch.tensor([1, 4, 16]))
+
+    def forward(self, digits: Tensor) -> Tensor:
+        return self.out(self.table(digits @ self.strides))
+
+
+class Sparse(nn.Module):
+    def __init__(self, explicit: bool) -> None:
+        super().__init__()
+        self.a, self.out, self.explicit = nn.Linear(8, 8), nn.Linear(8, 2), explicit
+        self.register_buffer("adjacency", torch.eye(5).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.out(torch.sparse.mm(self.adjacency, h) if self.explicit else self.adjacency @ h)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "rows", "kinds"),
+    [
+        (Fourier(), V, ["lift", "out"], {"complex64"}),
+        (Codes(), torch.randint(0, 4, (2, 5, 3)), ["out"], {"int64"}),
+        (Sparse(False), V[0], ["a", "out"], {"sparse_coo"}),
+        (Sparse(True), V[0], ["a", "out"], set()),
+    ],
+    ids=["complex", "integer", "sparse", "sparse function"],
+)
+def test_operands_that_are_not_dense_real_numbers_stay_as_they_are(
+    model: nn.Module, x: Tensor, rows: list[str], kinds: set[str], tmp_path: Any
+) -> None:
+    gm = prepare_saq(model, example_inputs=x)
+    found = precision_report(gm)
+    assert [row.name for row in found.rows] == rows
+    assert found.uncounted
+    reasons = {reason.removesuffix(" operands are not quantized") for _, reason in found.uncounted}
+    assert {reason for reason in reasons if " " not in reason} == kinds
+    gm(x).square().sum().backward()
+    without = prepare_saq(model)
+    assert torch.isfinite(without(x)).all()
+    expected = gm.eval()(x)
+    save(gm, tmp_path / "model.safetensors")
+    assert torch.equal(load(model, tmp_path / "model.safetensors", example_inputs=x).eval()(x), expected)
+
+
+class Branching(nn.Module):
+    """Python code with layers, products of its own, and modules that no graph replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h = h + 1 if h.sum() > 0 else h
+        packed = nn.utils.rnn.pack_padded_sequence(h, [5] * len(h), batch_first=True)
+        h = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+        return self.b(torch.fft.fft(h).real + h.inner(self.b.weight))
+
+
+def test_python_code_is_listed_with_what_it_multiplies_itself() -> None:
+    model = Branching().eval()
+    found = report(model)
+    assert [(row.name, row.macs) for row in found.rows] == [("a", LINEAR_MACS), ("b", LINEAR_MACS)]
+    assert {name for name, _ in found.uncounted} == {"fft_fft", "inner", "lstm"}
+    # The example is taken whole: it has two samples.
+    assert found.uncounted_macs in (LINEAR_MACS * 9, 2 * LINEAR_MACS * 9)

@@ -305,7 +305,7 @@ class GuardedProxy(fx.Proxy):
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         """Records a call; that torch asked for its sizes as integers before has decided nothing."""
-        proxy = _symbolic_trace._find_proxy(args or (), kwargs or {})
+        proxy: Any = _symbolic_trace._find_proxy(args or (), kwargs or {})
         if proxy is not None:
             proxy.tracer.drop_guards_of_call(sys._getframe(1))
         return super().__torch_function__(orig_method, types, args, kwargs)

@@ -90,6 +90,7 @@ class SymbolicTracer(fx.Tracer):
         self.untraceable = dict(leaves)
         self._examples = ExampleValues(self, arguments or {})
         self._index_guards: list[tuple[fx.Node, FrameType, int]] = []
+        self._parameters: dict[str, Any] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Records `root.forward`."""
@@ -181,11 +182,14 @@ class SymbolicTracer(fx.Tracer):
                 break
             self.graph.erase_node(node)
             self._examples.forget(node)
+            if node.op == "get_attr":
+                self._parameters.pop(str(node.target), None)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """An attribute of a module: a proxy for parameters, unless an example value is being computed."""
         if self._examples.running:
             return attr_val
+        self._parameters = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -306,7 +310,7 @@ class GuardedProxy(fx.Proxy):
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         """Records a call; that torch asked for its sizes as integers before has decided nothing."""
-        proxy = _symbolic_trace._find_proxy(args or (), kwargs or {})
+        proxy: Any = _symbolic_trace._find_proxy(args or (), kwargs or {})
         if proxy is not None:
             proxy.tracer.drop_guards_of_call(sys._getframe(1))
         return super().__torch_function__(orig_method, types, args, kwargs)

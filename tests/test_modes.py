@@ -281,3 +281,23 @@ def test_flags_are_not_among_the_modules_that_code_goes_through() -> None:
     gm = prepare_saq(model, example_inputs=x, precision=None)
     assert_same_in_each_mode(model, gm, x)
     assert not any("training_flag" in name for name, _ in model.named_modules())
+
+
+class Sharing(nn.Module):
+    """A weight is read by code that cannot be followed, and then by code that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropping, self.plain = Skipping(), Base()
+        self.plain.first.weight = self.dropping.second.weight = self.dropping.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropping(F.linear(x, self.plain.second.weight))
+        return F.linear(F.linear(x, self.plain.first.weight), self.plain.second.weight)
+
+
+def test_what_was_recorded_in_vain_is_not_read_again() -> None:
+    model, x = Sharing(), torch.randn(2, 5, 8)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert_same_in_each_mode(model, gm, x)
+    assert all("dropping" in path for path in record_of(gm).parts)

@@ -14,6 +14,7 @@ from saq_fx.pass_base import Pass, PassResult
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
 from saq_fx.shapes import bind_inputs, evaluating, interpreted, replaced_forwards
+from saq_fx.state import unmoved
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 _SAMPLES_PER_BATCH = 2**14
@@ -43,7 +44,7 @@ class Calibrate(Pass):
         """
         observers = {path: _Observer(path) for path, module in gm.named_modules() if isinstance(module, Quantizer)}
         forwards = {gm.get_submodule(path): observer for path, observer in observers.items()}
-        with evaluating(gm), interpreted(gm), replaced_forwards(forwards):
+        with evaluating(gm), unmoved(gm), interpreted(gm), replaced_forwards(forwards):
             for batch in self.batches:
                 args, kwargs = split_inputs(batch)
                 bind_inputs(gm, args, kwargs)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from saq_fx.annotation import Shape
 from saq_fx.errors import PassError
+from saq_fx.runtime import apply_function
 
 MacFormula = Callable[[Sequence[Any], Shape], int]
 
@@ -280,4 +281,5 @@ UNCOUNTED_FUNCTIONS: dict[Any, str] = dict.fromkeys(
     ),
     "no MAC formula for this operation; it stays in float",
 )
+UNCOUNTED_FUNCTIONS[apply_function] = "an autograd function of the model's own, whose operations are not seen"
 """Functions with multiply-add arithmetic that is not counted, with the reason that the report gives."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -38,6 +39,7 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
+@torch.inference_mode(False)
 def prepare_saq(
     model: nn.Module | ExportedProgram,
     *,

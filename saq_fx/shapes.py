@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from saq_fx.annotation import Shape
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule, call_arguments, graphs
+from saq_fx.state import unmoved
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
@@ -128,7 +129,7 @@ def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
     bind_inputs(gm, args, kwargs)
     try:
-        with evaluating(gm), torch.random.fork_rng(), interpreted(gm, note):
+        with evaluating(gm), unmoved(gm), torch.random.fork_rng(), interpreted(gm, note):
             gm(*args, **kwargs)
     except Exception as error:
         given = [tuple(each.shape) for each in tensors_in((args, kwargs))]

@@ -13,7 +13,7 @@ LAYERS = {
     0: "errors precision recipe fake_quantization quantizers mixtures sharpness allocation batching parallel parameters"
     " training_recipe distillation",
     1: "annotation attention capture dataflow example_values exported graph modes operators pass_base patching "
-    "recording rewriting shapes symbolic tracing",
+    "proxies recording rewriting runtime scopes shapes state symbolic tracing",
     2: "cost choices report resume two_passes",
     3: "training step",
     4: "__init__ prepare search search_result baselines checkpoint data models networks plots cli demo train_command",

@@ -1,0 +1,74 @@
+"""Stand-ins for values while a model is traced."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from saq_fx.errors import TracingError
+
+
+class TrainingMarker(int):
+    """Stands for `self.training` of the module at `owner` while tracing; notes when it steers control flow."""
+
+    owner: str
+    steered: bool
+
+    def __new__(cls, value: bool, owner: str) -> "TrainingMarker":
+        """A marker of value 0 or 1."""
+        marker = super().__new__(cls, value)
+        marker.owner = owner
+        marker.steered = False
+        return marker
+
+    def __bool__(self) -> bool:
+        self.steered = True
+        return int(self) != 0
+
+
+class GuardedProxy(fx.Proxy):
+    """A proxy that takes concrete values from the example inputs where Python insists on them."""
+
+    tracer: Any
+
+    def __getattr__(self, name: str) -> "GuardedAttribute":
+        return GuardedAttribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN_ATTRIBUTES and not name.startswith("__"):
+            raise TracingError(f"forward sets the attribute {name} of a tensor, which no graph does")
+        super().__setattr__(name, value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __len__(self) -> int:
+        return int(self.tracer.concrete(self, "len"))
+
+    def __index__(self) -> int:
+        return int(self.tracer.concrete(self, "int"))
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self, "int"))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self, "float"))
+
+
+class GuardedAttribute(fx.proxy.Attribute, GuardedProxy):
+    """An attribute of a value, or a method of it that is about to be called."""
+
+
+_OWN_ATTRIBUTES = ("tracer", "node", "root", "attr", "_node")
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
+    """`x += y` changes a tensor in place, and so all that shares memory with it; numbers are replaced."""
+    return lambda value, other: value.tracer.create_proxy("call_function", function, (value, other), {})
+
+
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+IN_PLACE_OPERATORS = {f"__{name}__" for name in _AUGMENTED}
+for _name in _AUGMENTED:
+    setattr(GuardedProxy, f"__{_name}__", _augmented(getattr(operator, _name)))

@@ -1,0 +1,205 @@
+"""State that a model keeps in attributes from one call to the next, which no graph has."""
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import fx, nn
+
+from saq_fx.errors import TracingError
+from saq_fx.graph import SaqGraphModule
+from saq_fx.proxies import IN_PLACE_OPERATORS
+from saq_fx.sharpness import preserve_buffers
+
+Kept = dict[tuple[nn.Module, str], Any]
+"""(module, name of an attribute or buffer that forward changes) -> what it was."""
+
+_MISSING: Any = object()
+_STRUCTURE = ("_parameters", "_buffers", "_modules", "training")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Attributes:
+    """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = {module: [_shallow_copy(vars(module)), dict(module._buffers)] for module in model.modules()}
+
+    def restore(self, model: nn.Module) -> None:
+        """Takes symbolic values, and numbers that forward changed, out of the attributes of a model or a part of it."""
+        for module in model.modules():
+            if module not in self._saved:
+                continue
+            for holder, before in zip((vars(module), module._buffers), self._saved[module], strict=True):
+                for name in [name for name, value in holder.items() if _is_moved(value, before.get(name, _MISSING))]:
+                    del holder[name]
+                    if name in before:
+                        holder[name] = before[name]
+
+    def kept(self, is_data: Callable[[fx.Node], bool]) -> Kept:
+        """What forward has changed such that a later call may know, as a memory or a counter but no cache of sizes."""
+        found: Kept = {}
+        for module, (attributes, buffers) in self._saved.items():
+            for name, value in vars(module).items():
+                before = attributes.get(name, _MISSING)
+                if name not in _STRUCTURE and _is_moved(value, before) and _is_state(value, is_data):
+                    found[module, name] = before
+            for name, value in module._buffers.items():
+                if isinstance(value, fx.Proxy) and is_data(value.node) and not _changes_in_place(value.node, name):
+                    found[module, name] = buffers.get(name, _MISSING)
+        return found
+
+
+class Forgotten:
+    """Stands for an attribute that forward writes: reading it first is reading what an earlier call has left."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        vars(self)["message"] = f"{type(module).__name__}.{name} is kept from one call to the next, which no graph does"
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TracingError(vars(self)["message"])
+
+    __getattr__ = __setattr__ = __delattr__ = __call__ = __getitem__ = __setitem__ = __iter__ = __contains__ = _refuse
+    __bool__ = __len__ = __int__ = __float__ = __index__ = __neg__ = __pos__ = __abs__ = __invert__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = __and__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = __rmatmul__ = _refuse
+    __or__ = __ror__ = __rand__ = _refuse
+    __hash__ = object.__hash__
+
+
+@contextmanager
+def forgotten(kept: Kept) -> Iterator[None]:
+    """Within: these attributes can be written, but not be read first."""
+    for module, name in kept:
+        _holder(module, name)[name] = Forgotten(module, name)
+    try:
+        yield
+    finally:
+        for (module, name), before in kept.items():
+            if before is _MISSING:
+                _holder(module, name).pop(name, None)
+            else:
+                _holder(module, name)[name] = before
+
+
+def reject_written_buffers(kept: Iterable[tuple[nn.Module, str]]) -> None:
+    """Raises TracingError if forward has put another tensor in the place of one that checkpoints hold."""
+    for module, name in kept:
+        if name not in module._buffers or name in module._non_persistent_buffers_set:
+            continue
+        if not isinstance(module._buffers[name], Forgotten):
+            raise TracingError(f"{type(module).__name__} assigns its buffer {name}, which no graph does")
+
+
+@contextmanager
+def unmoved_chance() -> Iterator[None]:
+    """Within: the generators of Python and numpy may be drawn from. Afterwards they go on as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def rejected_chance() -> Iterator[None]:
+    """Within: drawing from the generators of Python and numpy is an error at the end, for a graph would do it once."""
+    with unmoved_chance():
+        before = _chance()
+        yield
+        if _chance() != before:
+            raise TracingError("forward draws random numbers from Python's or numpy's generator, which no graph does")
+
+
+def _chance() -> Any:
+    numpy: Any = np.random.get_state()
+    return random.getstate(), numpy[1].tobytes(), numpy[2:]
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Within: the model may run. Afterwards buffers, and attributes of modules that run Python, are as before."""
+    python = [module for module in model.modules() if not type(module).__module__.startswith("saq_fx.")]
+    saved = {
+        module: _shallow_copy(vars(module))
+        for module in python
+        if not isinstance(module, SaqGraphModule) or "_python_class" in vars(module)
+    }
+    try:
+        with preserve_buffers(model), unmoved_chance():
+            yield
+    finally:
+        for module, before in saved.items():
+            attributes = vars(module)
+            for name in [name for name, value in attributes.items() if not _is_same(value, before.get(name, _MISSING))]:
+                if name in _STRUCTURE:
+                    continue
+                del attributes[name]
+                if name in before:
+                    attributes[name] = before[name]
+
+
+def _holder(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._buffers if name in module._buffers else vars(module)
+
+
+def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes, with copies of lists and dictionaries, which forward may fill."""
+    return {
+        name: copy.copy(value) if type(value) in (list, dict) and name not in _STRUCTURE else value
+        for name, value in attributes.items()
+    }
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    """Whether nothing was put in the place of what was there, nor into it."""
+    if value is before:
+        return True
+    if type(value) is not type(before) or type(value) not in (list, dict) or len(value) != len(before):
+        return False
+    if isinstance(value, dict):
+        return all(key in before and item is before[key] for key, item in value.items())
+    return all(item is other for item, other in zip(value, before, strict=True))
+
+
+def _is_moved(value: Any, before: Any) -> bool:
+    """Whether forward has put a symbolic value or another number there."""
+    if value is before:
+        return False
+    if isinstance(value, _PLAIN):
+        return type(value) is not type(before) or value != before
+    return any(True for _ in _proxies(value)) or (type(value) in (list, dict) and not _is_same(value, before))
+
+
+def _is_state(value: Any, is_data: Callable[[fx.Node], bool]) -> bool:
+    """Whether what forward has put there is more than what the sizes of its inputs, or nothing at all, decide."""
+    proxies = list(_proxies(value))
+    if proxies:
+        return any(is_data(proxy.node) for proxy in proxies)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+    return all(isinstance(item, _PLAIN) for item in items)
+
+
+def _proxies(value: Any) -> Iterator[fx.Proxy]:
+    if isinstance(value, fx.Proxy):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _proxies(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _proxies(item)
+
+
+def _changes_in_place(node: fx.Node, name: str) -> bool:
+    """Whether a node is the buffer of that name still, changed in place (`self.count += 1`)."""
+    while node.op == "call_function" and f"__{getattr(node.target, '__name__', '')}__" in IN_PLACE_OPERATORS:
+        node = node.args[0]  # type: ignore[assignment]
+    while node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "get_attr" and str(node.target).rpartition(".")[2] == name

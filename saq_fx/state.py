@@ -1,6 +1,5 @@
 """State that a model keeps in attributes from one call to the next, which no graph has."""
 
-import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,34 +21,51 @@ _STRUCTURE = ("_parameters", "_buffers", "_modules", "training")
 _PLAIN = (bool, int, float, str, type(None))
 
 
+class _Snapshot:
+    """What a module's attributes or buffers are now, the contents of lists and dictionaries included."""
+
+    def __init__(self, held: Mapping[str, Any]) -> None:
+        self.values = {name: value for name, value in held.items() if name not in _STRUCTURE}
+        self.contents = {name: value.copy() for name, value in self.values.items() if type(value) in (list, dict)}
+
+    def before(self, name: str) -> Any:
+        """What an attribute was; a list or dictionary as a copy, to compare with."""
+        return self.contents.get(name, self.values.get(name, _MISSING))
+
+    def put_back(self, held: dict[str, Any], names: Iterable[str]) -> None:
+        """Makes these attributes what they were."""
+        for name in names:
+            if name not in self.values:
+                held.pop(name, None)
+                continue
+            held[name] = value = self.values[name]
+            if name in self.contents:
+                value.clear()
+                (value.update if isinstance(value, dict) else value.extend)(self.contents[name])
+
+
 class Attributes:
     """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._saved = {module: [_shallow_copy(vars(module)), dict(module._buffers)] for module in model.modules()}
+        self._saved = {module: (_Snapshot(vars(module)), _Snapshot(module._buffers)) for module in model.modules()}
 
     def restore(self, model: nn.Module) -> None:
         """Takes symbolic values, and numbers that forward changed, out of the attributes of a model or a part of it."""
         for module in model.modules():
-            if module not in self._saved:
-                continue
-            for holder, before in zip((vars(module), module._buffers), self._saved[module], strict=True):
-                for name in [name for name, value in holder.items() if _is_moved(value, before.get(name, _MISSING))]:
-                    del holder[name]
-                    if name in before:
-                        holder[name] = before[name]
+            for held, snapshot in zip((vars(module), module._buffers), self._saved.get(module, ()), strict=False):
+                snapshot.put_back(held, [name for name in held if _is_moved(held, name, snapshot)])
 
     def kept(self, is_data: Callable[[fx.Node], bool]) -> Kept:
         """What forward has changed such that a later call may know, as a memory or a counter but no cache of sizes."""
         found: Kept = {}
         for module, (attributes, buffers) in self._saved.items():
             for name, value in vars(module).items():
-                before = attributes.get(name, _MISSING)
-                if name not in _STRUCTURE and _is_moved(value, before) and _is_state(value, is_data):
-                    found[module, name] = before
-            for name, value in module._buffers.items():
-                if isinstance(value, fx.Proxy) and is_data(value.node) and not _changes_in_place(value.node, name):
-                    found[module, name] = buffers.get(name, _MISSING)
+                if _is_moved(vars(module), name, attributes) and _is_state(value, is_data):
+                    found[module, name] = attributes.values.get(name, _MISSING)
+            for name, buffer in module._buffers.items():
+                if isinstance(buffer, fx.Proxy) and is_data(buffer.node) and not _changes_in_place(buffer.node, name):
+                    found[module, name] = buffers.values.get(name, _MISSING)
         return found
 
 
@@ -126,7 +142,7 @@ def unmoved(model: nn.Module) -> Iterator[None]:
     """Within: the model may run. Afterwards buffers, and attributes of modules that run Python, are as before."""
     python = [module for module in model.modules() if not type(module).__module__.startswith("saq_fx.")]
     saved = {
-        module: _shallow_copy(vars(module))
+        module: _Snapshot(vars(module))
         for module in python
         if not isinstance(module, SaqGraphModule) or "_python_class" in vars(module)
     }
@@ -134,26 +150,14 @@ def unmoved(model: nn.Module) -> Iterator[None]:
         with preserve_buffers(model), unmoved_chance():
             yield
     finally:
-        for module, before in saved.items():
-            attributes = vars(module)
-            for name in [name for name, value in attributes.items() if not _is_same(value, before.get(name, _MISSING))]:
-                if name in _STRUCTURE:
-                    continue
-                del attributes[name]
-                if name in before:
-                    attributes[name] = before[name]
+        for module, snapshot in saved.items():
+            held = vars(module)
+            names = {*held, *snapshot.values}.difference(_STRUCTURE)
+            snapshot.put_back(held, [name for name in names if not _is_same(held.get(name), snapshot.before(name))])
 
 
 def _holder(module: nn.Module, name: str) -> dict[str, Any]:
     return module._buffers if name in module._buffers else vars(module)
-
-
-def _shallow_copy(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes, with copies of lists and dictionaries, which forward may fill."""
-    return {
-        name: copy.copy(value) if type(value) in (list, dict) and name not in _STRUCTURE else value
-        for name, value in attributes.items()
-    }
 
 
 def _is_same(value: Any, before: Any) -> bool:
@@ -167,13 +171,14 @@ def _is_same(value: Any, before: Any) -> bool:
     return all(item is other for item, other in zip(value, before, strict=True))
 
 
-def _is_moved(value: Any, before: Any) -> bool:
-    """Whether forward has put a symbolic value or another number there."""
-    if value is before:
+def _is_moved(held: Mapping[str, Any], name: str, snapshot: _Snapshot) -> bool:
+    """Whether forward has put a symbolic value, another number or another list there."""
+    value, before = held[name], snapshot.before(name)
+    if name in _STRUCTURE or value is before:
         return False
     if isinstance(value, _PLAIN):
         return type(value) is not type(before) or value != before
-    return any(True for _ in _proxies(value)) or (type(value) in (list, dict) and not _is_same(value, before))
+    return (type(value) in (list, dict) and not _is_same(value, before)) or any(True for _ in _proxies(value))
 
 
 def _is_state(value: Any, is_data: Callable[[fx.Node], bool]) -> bool:

@@ -173,8 +173,9 @@ class SymbolicTracer(fx.Tracer):
             self._attributes.restore(m)
             self._erase_after(last)
             path = self.path_of_module(m)
+            proxy = self.create_proxy("call_module", path, args, kwargs)
             self.untraceable.setdefault(path, place_and_cause(error))
-            return self.create_proxy("call_module", path, args, kwargs)
+            return proxy
 
     def _erase_after(self, last: fx.Node | None) -> None:
         for node in reversed(list(self.graph.nodes)):

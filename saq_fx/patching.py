@@ -142,6 +142,7 @@ class _RealParameters(TorchFunctionMode):
         super().__init__()
         self._tracer, self._recording = tracer, is_recording(tracer)
         self._tensors: set[int] = set()
+        self._plain: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -152,7 +153,7 @@ class _RealParameters(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         changes = name == "__set__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE_OPERATORS
-        if changes and self._has_state(args, kwargs):
+        if changes and (self._has_state(args, kwargs) or self._has_any(args, kwargs, self._plain)):
             raise TracingError(f"forward changes tensors of the model by {name} other than by their names")
         result = func(*args, **kwargs)
         computes = isinstance(result, Tensor) and not name.startswith("new_") and not name.endswith("_like")
@@ -164,8 +165,13 @@ class _RealParameters(TorchFunctionMode):
         if not self._tensors:
             root = self._tracer.root
             self._tensors = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
+            held = (value for module in root.modules() for value in vars(module).values())
+            self._plain = {id(value) for value in held if isinstance(value, Tensor)}
+        return self._has_any(args, kwargs, self._tensors)
+
+    def _has_any(self, args: Any, kwargs: Any, tensors: set[int]) -> bool:
         found: list[bool] = []
-        fx.node.map_aggregate((args, kwargs), lambda item: found.append(id(item) in self._tensors))
+        fx.node.map_aggregate((args, kwargs), lambda item: found.append(id(item) in tensors))
         return any(found)
 
 

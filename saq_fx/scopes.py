@@ -127,6 +127,7 @@ def _rejected(tracer: Any) -> Iterator[None]:
         rejected(torch.enable_grad, "__enter__", "forward turns gradients on, which a graph leaves to its caller"),
         rejected(torch.set_grad_enabled, "__init__", "forward sets whether gradients are recorded"),
         rejected(torch.inference_mode, "__enter__", "forward enters inference mode, which no graph does"),
+        rejected(torch, "manual_seed", "forward seeds the generator, which no graph does"),
         rejected(torch.autograd, "grad", "forward computes gradients, which no graph does"),
         rejected(torch.autograd, "backward", "forward computes gradients, which no graph does"),
     ):

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
@@ -146,10 +147,16 @@ def unmoved(model: nn.Module) -> Iterator[None]:
         for module in python
         if not isinstance(module, SaqGraphModule) or "_python_class" in vars(module)
     }
+    values = [value for each in saved.values() for value in each.values.values() if isinstance(value, Tensor)]
+    tensors = [tensor for tensor in values if tensor.layout is torch.strided and 0 not in tensor.stride()]
+    contents = [tensor.clone() for tensor in tensors]
     try:
         with preserve_buffers(model), unmoved_chance():
             yield
     finally:
+        with torch.no_grad():
+            for tensor, content in zip(tensors, contents, strict=True):
+                tensor.data.copy_(content)
         for module, snapshot in saved.items():
             held = vars(module)
             names = {*held, *snapshot.values}.difference(_STRUCTURE)

@@ -21,6 +21,7 @@ from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import merge_modes
 from saq_fx.proxies import TrainingMarker
+from saq_fx.runtime import switch_autocast
 from saq_fx.state import Kept, forgotten
 from saq_fx.symbolic import SymbolicTracer, add_training_flag, place_and_cause
 
@@ -167,8 +168,14 @@ def _symbolic_graph(
         return graph, untraceable
     with _marked_training(model, modes[not mode]):
         other, further = _run_tracer(model, tracer)
+    if _count_scopes(graph) != _count_scopes(other):
+        raise TracingError(f"{type(model).__name__} opens scopes of autocast in one mode only, which no graph does")
     add_training_flag(model, mode)
     return merge_modes(graph, other) if mode else merge_modes(other, graph), further | untraceable
+
+
+def _count_scopes(graph: fx.Graph) -> int:
+    return sum(node.target is switch_autocast for node in graph.nodes)
 
 
 def _run_tracer(model: nn.Module, make: Callable[[Kept], SymbolicTracer]) -> tuple[fx.Graph, dict[str, str]]:

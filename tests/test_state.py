@@ -72,7 +72,8 @@ def assert_same(model: nn.Module, gm: nn.Module, *inputs: Any, steps: int = 3) -
                     assert gradient is None or torch.equal(gradient, other)
                 buffers = dict(gm.named_buffers())
                 assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
-                assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+                assert torch.is_grad_enabled()
+                assert not torch.is_autocast_enabled("cpu")
 
 
 def assert_captured(model: nn.Module, way: str, *inputs: Any, names: tuple[str, ...] = ("a", "b")) -> Any:
@@ -125,7 +126,9 @@ class Typed(Pair):
         if isinstance(scale, int | float):
             scale = scale * 7
         x = torch.cat(more) + x if isinstance(more, list | tuple) else x
-        assert isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and isinstance(self.a.weight, nn.Parameter)
+        assert isinstance(x, Tensor)
+        assert not isinstance(x, nn.Parameter)
+        assert isinstance(self.a.weight, nn.Parameter)
         return self.b(self.a(x) * scale if isinstance(x.shape[0], int) else x)
 
 
@@ -305,6 +308,14 @@ class Island(Pair):
         return h @ self.b.weight
 
 
+class OneMode(Pair):
+    def between(self, h: Tensor) -> Tensor:
+        if self.training:
+            with torch.autocast("cpu", enabled=False):
+                h = h.float() @ torch.ones(8, 8)
+        return h
+
+
 class Narrow(Pair):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -321,6 +332,8 @@ def test_scopes_without_autocast() -> None:
     pruned.recompile()
     assert_same(model, pruned, V)
     assert_captured(Narrow(), "by parts", V)
+    gm = prepare_saq(nn.Sequential(OneMode(), nn.Linear(8, 8)), example_inputs=V, precision=None)
+    assert record_of(gm).tracing == "by parts"
     assert_captured(Ruled(asking), "by parts", V)
 
 
@@ -342,6 +355,25 @@ def view(self: Pair, h: Tensor) -> Tensor:
     size = h.shape[0]
     size += 1
     return h * size
+
+
+def decaying(self: Any, h: Tensor) -> Tensor:
+    self.factor.mul_(0.5)
+    return h * self.factor
+
+
+def collecting(self: Any, h: Tensor) -> Tensor:
+    self.total.add_(h.detach().sum(0))
+    return h * self.total
+
+
+def penalized(self: Any, h: Tensor) -> Tensor:
+    return h + sum(each.square().sum() for each in self.parameters())
+
+
+def seeding(self: Any, h: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return h + torch.rand(8)
 
 
 def counting(self: Any, h: Tensor) -> Tensor:
@@ -387,6 +419,9 @@ def caching(self: Any, h: Tensor) -> Tensor:
     ("model", "way"),
     [
         (Ruled(alias), "symbolic"),
+        (Ruled(decaying, factor=torch.ones(8)), "symbolic"),
+        (Ruled(penalized), "by parts"),
+        (Ruled(seeding), "by parts"),
         (Ruled(view), "symbolic"),
         (Ruled(counting, count=torch.zeros(())), "symbolic"),
         (Ruled(averaging, mean=torch.zeros(8)), "by parts"),
@@ -399,6 +434,16 @@ def caching(self: Any, h: Tensor) -> Tensor:
 )
 def test_state(model: nn.Module, way: str) -> None:
     assert_captured(model, way, V)
+
+
+def test_tensors_in_plain_attributes() -> None:
+    for rule in (decaying, collecting):
+        model = Ruled(rule)
+        model.factor, model.total = torch.ones(8), torch.zeros(5, 8)  # type: ignore[assignment]
+        gm = prepare_saq(model, example_inputs=V, precision=None)
+        assert torch.equal(model.total, torch.zeros(5, 8))
+        for _ in range(3):
+            assert torch.equal(gm(V), model(V))
 
 
 def drawing(self: Any, h: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils import checkpoint
 
 from saq_fx.errors import TracingError
 from saq_fx.operators import quantizable_names
-from saq_fx.proxies import IN_PLACE_OPERATORS, GuardedProxy, TrainingMarker
+from saq_fx.proxies import IN_PLACE_OPERATORS, GuardedAttribute, GuardedProxy, TrainingMarker
 from saq_fx.runtime import apply_function, class_name, is_importable
 from saq_fx.scopes import followed_scopes, is_recording, replaced
 
@@ -115,13 +115,14 @@ def _telling_types(tracer: Any) -> Iterator[None]:
     A property `__class__` of proxies would tell C++ code, too, which then takes a proxy's memory for a tensor's.
     """
     original, recording = builtins.isinstance, is_recording(tracer)
+    stand_ins = {TrainingMarker, GuardedProxy, GuardedAttribute}
 
     def is_instance(value: Any, classes: Any, /) -> bool:
         kind = type(value)
+        if kind not in stand_ins or (kind is not TrainingMarker and (value.tracer is not tracer or not recording())):
+            return original(value, classes)
         if kind is TrainingMarker:
             return original(value, classes) or original(True, classes)
-        if not issubclass(kind, GuardedProxy) or value.tracer is not tracer or not recording():
-            return original(value, classes)
         if issubclass(kind, classes):
             return True
         if tracer.arguments is None and not original(classes, tuple) and classes not in _TYPES_OF_VALUES:

@@ -113,29 +113,34 @@ def reject_written_buffers(kept: Iterable[tuple[nn.Module, str]]) -> None:
 
 
 @contextmanager
-def unmoved_chance() -> Iterator[None]:
-    """Within: the generators of Python and numpy may be drawn from. Afterwards they go on as before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
 def rejected_chance() -> Iterator[None]:
     """Within: drawing from the generators of Python and numpy is an error at the end, for a graph would do it once."""
-    with unmoved_chance():
-        before = _chance()
+    before = _Chance()
+    try:
         yield
-        if _chance() != before:
-            raise TracingError("forward draws random numbers from Python's or numpy's generator, which no graph does")
+    except BaseException:
+        before.put_back()
+        raise
+    if before.put_back():
+        raise TracingError("forward draws random numbers from Python's or numpy's generator, which no graph does")
 
 
-def _chance() -> Any:
-    numpy: Any = np.random.get_state()
-    return random.getstate(), numpy[1].tobytes(), numpy[2:]
+class _Chance:
+    """The generators of Python and numpy as they are now."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy: Any = np.random.get_state()
+
+    def put_back(self) -> bool:
+        """Makes the generators what they were; whether they were drawn from."""
+        numpy: Any = np.random.get_state()
+        same = numpy[2:] == self._numpy[2:] and np.array_equal(numpy[1], self._numpy[1])
+        if same and random.getstate() == self._python:
+            return False
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        return True
 
 
 @contextmanager
@@ -150,10 +155,12 @@ def unmoved(model: nn.Module) -> Iterator[None]:
     values = [value for each in saved.values() for value in each.values.values() if isinstance(value, Tensor)]
     tensors = [tensor for tensor in values if tensor.layout is torch.strided and 0 not in tensor.stride()]
     contents = [tensor.clone() for tensor in tensors]
+    chance = _Chance()
     try:
-        with preserve_buffers(model), unmoved_chance():
+        with preserve_buffers(model):
             yield
     finally:
+        chance.put_back()
         with torch.no_grad():
             for tensor, content in zip(tensors, contents, strict=True):
                 tensor.data.copy_(content)

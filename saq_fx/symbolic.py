@@ -7,6 +7,7 @@ import operator
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class SymbolicTracer(fx.Tracer):
         last, stack = next(reversed(self.graph.nodes), None), copy.copy(self.module_stack)
         try:
             _reject_backward_hooks(m)
-            with rejected_chance():
+            with nullcontext() if type(m).__module__.startswith("torch.nn.") else rejected_chance():
                 output = super().call_module(m, forward, args, kwargs)
             reject_written_buffers((m, name) for name in m._buffers if (m, name) in self._forgotten)
             return output

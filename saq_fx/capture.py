@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from saq_fx.annotation import join_path, record_of, update_record
 from saq_fx.errors import TracingError
@@ -26,7 +27,7 @@ from saq_fx.operators import operator_of
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.shapes import without_trace
 from saq_fx.symbolic import place_and_cause
-from saq_fx.tracing import ExampleInputs, Inputs, copied, split_inputs, trace, trace_symbolically
+from saq_fx.tracing import ExampleInputs, Inputs, copied, frozen_modes, split_inputs, trace, trace_symbolically
 from saq_fx.uncounted import has_weights
 
 
@@ -41,6 +42,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | 
     Raises:
         TracingError: naming the module, the source line and what to do.
     """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
     if isinstance(model, ExportedProgram):
         return from_exported(copy.deepcopy(model))
     if isinstance(model, fx.GraphModule):
@@ -54,6 +57,16 @@ def _check_kind(model: nn.Module) -> None:
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TracingError(f"the model is wrapped in {name}: prepare its .module, and wrap the result")
     for path, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise TracingError(
+                f"module {path or 'the model itself'!r} of {name} is lazy and has no weights yet: run the model once "
+                "before it is prepared"
+            )
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            raise TracingError(
+                f"module {path!r} of {name} is compiled: put its ._orig_mod in its place, prepare the model, and "
+                "compile the result"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             # Nor does a copy of it receive gradients.
             raise TracingError(
@@ -79,6 +92,7 @@ def _capture_around(model: nn.Module, inputs: Inputs, reason: str) -> SaqGraphMo
     """Keeps the module's own code, and captures what it calls."""
     remove_flags(model)
     gm = SaqGraphModule.around(model, _python_graph(model, inputs))
+    gm.keep_modes(frozen_modes(model))
     _capture_parts(gm, model, {"": reason}, inputs)
     record = record_of(gm)
     if record.untraced and not record.parts:
@@ -93,10 +107,12 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     """A graph that runs the model's own forward; arguments whose defaults no graph can hold are left at them."""
     graph, signature = fx.Graph(), inspect.signature(model.forward)
     given = signature.bind_partial(*inputs[0], **inputs[1]).arguments
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    by_position = len(signature.parameters) if inspect.Parameter.VAR_POSITIONAL in kinds else len(inputs[0])
     positional: list[fx.Node] = []
     keyword: dict[str, fx.Node] = {}
     more: dict[str, Any] = {}
-    complete = True
+    defaults: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
         default = parameter.default
         plain = default is None or isinstance(default, bool | int | float | str | tuple | torch.dtype)
@@ -105,13 +121,17 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
         elif parameter.kind is parameter.VAR_KEYWORD:
             more["more_kwargs"] = graph.placeholder(f"**{name}")
         elif not plain and name not in given:
-            complete = False
+            by_position = 0
         else:
             node = graph.create_node("placeholder", name, (default,) if plain else (), {})
-            if complete and parameter.kind is not parameter.KEYWORD_ONLY:
+            is_named = parameter.kind is parameter.KEYWORD_ONLY or len(positional) >= by_position
+            if parameter.kind is parameter.POSITIONAL_ONLY or not is_named:
                 positional.append(node)
             else:
                 keyword[name] = node
+                defaults |= {name: default} if plain else {}
+    if defaults:
+        more["defaults"] = defaults
     graph.output(graph.call_function(run_eagerly, (graph.get_attr("python_model"), positional, keyword), more))
     return graph
 

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,24 +14,31 @@ from saq_fx.effects import is_random, writes_first
 from saq_fx.graph import call_arguments
 from saq_fx.modes import is_flag
 from saq_fx.nested import cloned
+from saq_fx.runtime import switch_autocast
+from saq_fx.state import unmoved
 
 
-class _SizesByValue(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, notes whether an operation ran whose output's shape depends on values, as `nonzero`'s does."""
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While entered, notes what operations ran: `sized_by_value` as `nonzero`'s output is, `random` as `rand`'s."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found = False
+        self.sized_by_value = False
+        self.random = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the operation."""
         if func is torch.ops.aten.index.Tensor:
-            self.found |= any(index is not None and index.dtype == torch.bool for index in args[1])
+            self.sized_by_value |= any(index is not None and index.dtype == torch.bool for index in args[1])
         else:
             # Libraries do not tag their own operations, torchvision's nms for one.
-            self.found |= torch.Tag.dynamic_output_shape in func.tags or func.namespace not in ("aten", "prims")
+            self.sized_by_value |= torch.Tag.dynamic_output_shape in func.tags or func.namespace not in (
+                "aten",
+                "prims",
+            )
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
 
 
@@ -55,9 +62,9 @@ class ExampleValues:
             with torch.no_grad(), torch.random.fork_rng():
                 for each in self._tracer.graph.nodes:
                     if each not in self._values:
-                        with _SizesByValue() as sizes:
+                        with _Operations() as operations:
                             self._values[each] = self._compute(each)
-                        self._classify(each, sizes.found)
+                        self._classify(each, operations)
         finally:
             self.running = False
         return self._values[node]
@@ -71,7 +78,12 @@ class ExampleValues:
         of_tensor = isinstance(self.value(node), Tensor | bool | int | float)
         return node in (self._numbers if of_tensor and kind != "len" else self._sized_by_numbers)
 
-    def _classify(self, node: fx.Node, sized_by_value: bool) -> None:
+    def may_change_type(self, node: fx.Node) -> bool:
+        """Whether a value may be of another type next time: an input's, or computed from one that is no tensor."""
+        value = self.value(node)
+        return node in self._inputs or (node in self._dependent and not isinstance(value, Tensor))
+
+    def _classify(self, node: fx.Node, operations: _Operations) -> None:
         sources, value = set(node.all_input_nodes), self._values[node]
         if node.op == "placeholder" or self._is_input_item(node):
             self._inputs.add(node)
@@ -84,9 +96,9 @@ class ExampleValues:
             self._dependent.add(node)
             if isinstance(value, Tensor) and value.is_floating_point():
                 self._numbers.add(node)
-        if sources & self._sized_by_numbers or (sized_by_value and sources & self._numbers):
+        if sources & self._sized_by_numbers or (operations.sized_by_value and sources & self._numbers):
             self._sized_by_numbers.add(node)
-        if sources & (self._numbers | self._sized_by_numbers) or is_random(node):
+        if operations.random or is_random(node) or sources & (self._numbers | self._sized_by_numbers):
             self._numbers.add(node)
             if writes_first(node):
                 self._numbers.update(node.all_input_nodes[:1])
@@ -113,12 +125,17 @@ class ExampleValues:
         args, kwargs = call_arguments(node, self._values.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.target is switch_autocast:
+            return False  # this run may end within the scope
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if is_flag(node):
             return False
         module = self._tracer.root.get_submodule(str(node.target))
-        with _evaluation_flags(module):
+        with (
+            _evaluation_flags(module),
+            nullcontext() if type(module).__module__.startswith("torch.nn.") else unmoved(module),
+        ):
             return module(*args, **kwargs)
 
 

@@ -3,7 +3,7 @@
 import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType, new_class
 from typing import Any
 
@@ -58,6 +58,19 @@ class SaqGraphModule(fx.GraphModule):
         vars(gm)["_python_class"] = type(model)
         gm.graph = graph
         return gm
+
+    def train(self, mode: bool = True) -> "SaqGraphModule":
+        """Sets the mode as the model does, which may keep some modules (a frozen BatchNorm) in another."""
+        super().train(mode)
+        for path, other in vars(self).get("_kept_modes", {}).get(mode, {}).items():
+            for each in (path, join_path(path, "training_flag")):
+                with suppress(AttributeError):
+                    self.get_submodule(each).training = other
+        return self
+
+    def keep_modes(self, modes: Mapping[bool, Mapping[str, bool]]) -> None:
+        """Sets the modules, by path, that `train()` (True) and `eval()` (False) leave in a mode of their own."""
+        vars(self)["_kept_modes"] = modes
 
     @property
     def python_model(self) -> nn.Module:
@@ -257,8 +270,17 @@ def run_eagerly(
     kwargs: Mapping[str, Any],
     more_args: Sequence[Any] = (),
     more_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """Runs a model's forward as Python does: the one operation of a graph that stands for an untraceable model."""
+    """Runs a model's forward as Python does: the one operation of a graph that stands for an untraceable model.
+
+    Arguments at their `defaults` are not passed: a decorator of forward may set what is not passed.
+    """
+    kwargs = {
+        name: value
+        for name, value in kwargs.items()
+        if name not in defaults or type(value) is not type(defaults[name]) or value != defaults[name]
+    }
     # Of the class: what is set on the object is a forward of the graph.
     with without_fused_layers():
         return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)

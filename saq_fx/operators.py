@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from saq_fx.annotation import Shape
 from saq_fx.errors import PassError
 from saq_fx.operation_names import function_name, operation_name
+from saq_fx.runtime import apply_function
 
 MacFormula = Callable[[Sequence[Any], Shape], int]
 
@@ -276,6 +277,8 @@ _UNCOUNTED = {
 
 def uncounted_reason(node: fx.Node) -> str | None:
     """Why an operation with multiply-add arithmetic has no entry, for the report; None for all other nodes."""
+    if node.target is apply_function:
+        return "an autograd function of the model's own, whose operations are not seen"
     name = operation_name(node)
     # Of the table's names those that are no entry: `addmm_`, `sparse.mm`.
     known = name in _UNCOUNTED or (name in _BY_NAME and name != "embedding" and operator_of(node) is None)

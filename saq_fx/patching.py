@@ -1,44 +1,56 @@
 """What is changed in torch while a model is traced, and only then."""
 
+import builtins
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx import _symbolic_trace
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from saq_fx.bytecode import multiplies
 from saq_fx.errors import TracingError
 from saq_fx.graph import without_fused_layers
+from saq_fx.proxies import IN_PLACE_OPERATORS, GuardedAttribute, GuardedProxy, TrainingMarker
+from saq_fx.runtime import apply_function, class_name, is_importable
+from saq_fx.scopes import followed_scopes, is_recording, replaced
 
 _FACTORIES = ("arange", "eye", "finfo", "iinfo", "linspace", "tensor")
 # What is random must be drawn anew in each run, and what is filled in place must be made anew.
 _ALWAYS_RECORDED = ("empty", "full", "normal", "ones", "rand", "randint", "randn", "randperm", "zeros")
 
+# Whether a value is an instance of one of these steers a model; other checks are Python's own or torch's.
+_TYPES_OF_VALUES = (Tensor, int, float, bool, str, list, tuple, dict)
+
 
 @contextmanager
 def patched(tracer: fx.Tracer) -> Iterator[None]:
     """Within: all of the below, for nodes of this tracer's graph."""
-    with _following_wrapped_products(), _recording_factories(tracer), _rejecting_checkpoints(), without_fused_layers():
+    with (
+        _following_wrapped_products(),
+        _recording_factories(tracer),
+        _rejecting_checkpoints(),
+        without_fused_layers(),
+        followed_scopes(tracer),
+        _recording_functions(tracer),
+        _telling_types(tracer),
+        _RealParameters(tracer),
+    ):
         yield
 
 
 @contextmanager
 def _recording_factories(tracer: fx.Tracer) -> Iterator[None]:
-    """Within: functions that make tensors are recorded, those without effects only where a size is symbolic.
-
-    A graph cannot hold the scope of an autocast; it runs under the caller's. Nor can it hold a checkpoint, whose
-    module therefore stays Python code.
-    """
+    """Within: functions that make tensors are recorded, those without effects only where a size is symbolic."""
     # torch.compile keeps tables of torch's functions from when it is imported, which a model may do: not from here.
     importlib.import_module("torch._dynamo")
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_ALWAYS_RECORDED, "autocast")}
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_ALWAYS_RECORDED)}
     for name in (*_FACTORIES, *_ALWAYS_RECORDED):
         setattr(torch, name, _recorded(originals[name], tracer if name in _ALWAYS_RECORDED else None))
-    torch.autocast = lambda *args, **kwargs: nullcontext()  # type: ignore[assignment, misc]
     try:
         yield
     finally:
@@ -74,6 +86,96 @@ def _rejecting_checkpoints() -> Iterator[None]:
         yield
     finally:
         checkpoint._infer_device_type = original
+
+
+@contextmanager
+def _recording_functions(tracer: Any) -> Iterator[None]:
+    """Within: a function with a backward of its own is one node."""
+    original = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        proxy = _symbolic_trace._find_proxy(args, kwargs)
+        if proxy is None or tracer.is_evaluating:
+            return original.__get__(None, cls)(*args, **kwargs)
+        if not is_importable(cls):
+            raise TracingError(
+                f"the autograd function {cls.__qualname__} is made in a function, where no graph finds it"
+            )
+        if any(map(callable, (each for each in args if not issubclass(type(each), fx.Proxy)))):
+            raise TracingError(f"the autograd function {cls.__qualname__} runs code of the model, maybe once more")
+        arguments = (class_name(cls), *args)
+        return tracer.create_proxy("call_function", apply_function, arguments, kwargs, name=cls.__name__)
+
+    with replaced(torch.autograd.Function, apply=classmethod(apply)):
+        yield
+
+
+@contextmanager
+def _telling_types(tracer: Any) -> Iterator[None]:
+    """Within: a symbolic value is an instance of what its value on the example inputs is one of.
+
+    A property `__class__` of proxies would tell C++ code, too, which then takes a proxy's memory for a tensor's.
+    """
+    original, recording = builtins.isinstance, is_recording(tracer)
+    stand_ins = {TrainingMarker, GuardedProxy, GuardedAttribute}
+
+    def is_instance(value: Any, classes: Any, /) -> bool:
+        kind = type(value)
+        if kind not in stand_ins or (kind is not TrainingMarker and (value.tracer is not tracer or not recording())):
+            return original(value, classes)
+        if kind is TrainingMarker:
+            return original(value, classes) or original(True, classes)
+        if issubclass(kind, classes):
+            return True
+        if tracer.arguments is None and not original(classes, tuple) and classes not in _TYPES_OF_VALUES:
+            return False
+        return original(tracer.instance(value), classes)
+
+    with replaced(builtins, isinstance=is_instance):
+        yield
+
+
+class _RealParameters(TorchFunctionMode):
+    """Within: what forward computes from parameters other than by their names is an error, for no graph would see it.
+
+    A loop over `parameters()` meets the tensors themselves; attributes meet proxies.
+    """
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self._tracer, self._recording = tracer, is_recording(tracer)
+        self._tensors: set[int] = set()
+        self._plain: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs what reads sizes and types."""
+        kwargs = kwargs or {}
+        if not self._recording() or _symbolic_trace._find_proxy(args, kwargs) is not None:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        changes = name == "__set__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE_OPERATORS
+        if changes and (self._has_state(args, kwargs) or self._has_any(args, kwargs, self._plain)):
+            raise TracingError(f"forward changes tensors of the model by {name} other than by their names")
+        result = func(*args, **kwargs)
+        computes = isinstance(result, Tensor) and not name.startswith("new_") and not name.endswith("_like")
+        if computes and self._has_state(args, kwargs):
+            raise TracingError(f"forward computes {name} of tensors of the model other than by their names")
+        return result
+
+    def _has_state(self, args: Any, kwargs: Any) -> bool:
+        if not self._tensors:
+            root = self._tracer.root
+            self._tensors = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
+            held = (value for module in root.modules() for value in vars(module).values())
+            self._plain = {id(value) for value in held if isinstance(value, Tensor)}
+        return self._has_any(args, kwargs, self._tensors)
+
+    def _has_any(self, args: Any, kwargs: Any, tensors: set[int]) -> bool:
+        found: list[bool] = []
+        fx.node.map_aggregate((args, kwargs), lambda item: found.append(id(item) in tensors))
+        return any(found)
 
 
 @contextmanager

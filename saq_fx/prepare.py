@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -37,6 +38,7 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
+@torch.inference_mode(False)
 def prepare_saq(
     model: nn.Module | ExportedProgram,
     *,

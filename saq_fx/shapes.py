@@ -15,7 +15,7 @@ from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, graphs
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in
-from saq_fx.sharpness import preserve_buffers
+from saq_fx.state import unmoved
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
@@ -77,7 +77,7 @@ def without_trace(model: nn.Module) -> Iterator[None]:
     parameters = written_parameters(model) if is_graph else list(model.parameters())
     saved = [parameter.detach().clone() for parameter in parameters]
     try:
-        with evaluating(model), preserve_buffers(model), torch.random.fork_rng():
+        with evaluating(model), unmoved(model), torch.random.fork_rng():
             yield
     finally:
         with torch.no_grad():

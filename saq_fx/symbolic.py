@@ -2,64 +2,39 @@
 
 import copy
 import dataclasses
-import importlib
 import inspect
 import operator
 import os
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 from torch.nn.utils import parametrize
 
 from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.bytecode import multiplies
+from saq_fx.dataflow import reads_shape_only
 from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
 from saq_fx.modes import flag_path
 from saq_fx.patching import patched
-
-
-class TrainingMarker(int):
-    """Stands for `self.training` of the module at `owner` while tracing; notes where the code asks for its value."""
-
-    owner: str
-    asked_at: set[str]
-    tracer: "SymbolicTracer | None"
-
-    def __new__(cls, value: bool, owner: str) -> "TrainingMarker":
-        """A marker of value 0 or 1."""
-        marker = super().__new__(cls, value)
-        marker.owner, marker.asked_at, marker.tracer = owner, set(), None
-        return marker
-
-    @property
-    def value(self) -> bool:
-        """The mode, without a note."""
-        return int.__int__(self) != 0
-
-    def __bool__(self) -> bool:
-        if self.tracer is not None:
-            self.asked_at.add(self.tracer.current_path)
-        return self.value
-
-    __hash__ = int.__hash__
-
-
-def _asking(name: str) -> Callable[..., Any]:
-    return lambda marker, *args: getattr(bool(marker), name)(*args)
-
-
-for _name in ("int", "index", "float", "eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "str", "format"):
-    setattr(TrainingMarker, f"__{_name}__", _asking(f"__{_name}__"))
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor"):
-    setattr(TrainingMarker, f"__{_name}__", _asking(f"__{_name}__"))
-    setattr(TrainingMarker, f"__r{_name}__", _asking(f"__r{_name}__"))
+from saq_fx.proxies import GuardedProxy, TrainingMarker
+from saq_fx.runtime import (
+    CONCRETE,
+    build_object,
+    class_name,
+    find_class,
+    is_importable,
+    require_default,
+    require_same_path,
+)
+from saq_fx.scopes import GradientFlow
+from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance
 
 
 class SymbolicTracer(fx.Tracer):
@@ -76,32 +51,47 @@ class SymbolicTracer(fx.Tracer):
     Args:
         arguments: name -> example value of each argument of `forward` that is in use; None traces without examples.
         fixed: name -> default of each argument that is not.
+        positional: how many of the arguments are passed by position.
         leaves: path -> why a module cannot be followed, of those that are known beforehand.
+        forgotten: attributes that forward must write before it reads them (see `saq_fx.state`).
     """
 
     proxy_buffer_attributes = True
 
     def __init__(
-        self, arguments: Mapping[str, Any] | None, fixed: Mapping[str, Any], leaves: Mapping[str, str]
+        self,
+        arguments: Mapping[str, Any] | None,
+        fixed: Mapping[str, Any],
+        positional: int,
+        leaves: Mapping[str, str],
+        forgotten: Kept,
     ) -> None:
         super().__init__()
         self.arguments = arguments
         self.fixed = fixed
         self.untraceable = dict(leaves)
+        self.kept: Kept = {}
+        self.scopes_without_gradients = 0
+        self._positional = positional
+        self._forgotten = forgotten
         self._examples = ExampleValues(self, arguments or {})
         self._index_guards: list[tuple[fx.Node, FrameType, int]] = []
         self._parameters: dict[str, Any] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Records `root.forward`."""
+        """Records `root.forward`; `kept` then says what state it keeps in attributes."""
         self._paths = set(root.modules())
         self._attributes = Attributes(root)
+        self._gradients = GradientFlow(root, self.arguments)
         for module in root.modules():
             if isinstance(module.__dict__["training"], TrainingMarker):
                 module.__dict__["training"].tracer = self
         try:
-            with patched(self):
-                return super().trace(root, concrete_args)
+            with patched(self), rejected_chance():
+                graph = super().trace(root, concrete_args)
+            reject_written_buffers(self._forgotten)
+            self.kept = self._attributes.kept(self._depends_on_data)
+            return graph
         finally:
             self._attributes.restore(root)
 
@@ -127,9 +117,34 @@ class SymbolicTracer(fx.Tracer):
         """Whether what runs now is not recorded, but computes an example value."""
         return self._examples.running
 
-    def proxy(self, node: fx.Node) -> "GuardedProxy":
+    def proxy(self, node: fx.Node) -> GuardedProxy:
         """A stand-in for a node's value."""
         return GuardedProxy(node, self)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node; an error where the model computes it without gradients that the graph would give it."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        if self.scopes_without_gradients and self._gradients.reaches(node):
+            if self.arguments is None or not _is_without_gradient(self._examples.value(node)):
+                raise TracingError(f"{node} is computed under no_grad, and gradients would reach it in a graph")
+            self._gradients.stops_at(node)
+        if kind == "call_method" and target == "backward":
+            raise TracingError("forward computes gradients, which no graph does")
+        return node
+
+    def _depends_on_data(self, node: fx.Node) -> bool:
+        """Whether a value depends on parameters, or on more of the inputs than their sizes."""
+        pending, seen = [node], {node}
+        while pending:
+            each = pending.pop()
+            if each.op in ("placeholder", "call_module"):
+                return True
+            if each.op == "get_attr" and isinstance(_attribute(self.root, str(each.target)), nn.Parameter):
+                return True
+            if not reads_shape_only(each):
+                pending.extend(source for source in each.all_input_nodes if source not in seen)
+                seen.update(each.all_input_nodes)
+        return False
 
     def create_arg(self, a: Any) -> Any:
         """Lowers an argument; a training flag becomes a node that reads it."""
@@ -150,7 +165,7 @@ class SymbolicTracer(fx.Tracer):
         """An object that fx does not know (a cache, a custom output) as a node that builds it from its attributes."""
         if isinstance(value, type):
             return self.create_node("call_function", find_class, (class_name(value),), {})
-        if not hasattr(value, "__dict__"):
+        if not hasattr(value, "__dict__") or not is_importable(type(value)):
             raise NotImplementedError(f"an argument or output of type {type(value).__name__}")
         attributes = {name: self.create_arg(each) for name, each in vars(value).items()}
         return self.create_node("call_function", build_object, (class_name(type(value)), attributes), {})
@@ -167,14 +182,18 @@ class SymbolicTracer(fx.Tracer):
         last, stack = next(reversed(self.graph.nodes), None), copy.copy(self.module_stack)
         try:
             _reject_backward_hooks(m)
-            return super().call_module(m, forward, args, kwargs)
+            with nullcontext() if type(m).__module__.startswith("torch.nn.") else rejected_chance():
+                output = super().call_module(m, forward, args, kwargs)
+            reject_written_buffers((m, name) for name in m._buffers if (m, name) in self._forgotten)
+            return output
         except Exception as error:
             self.module_stack = stack
             self._attributes.restore(m)
             self._erase_after(last)
             path = self.path_of_module(m)
+            proxy = self.create_proxy("call_module", path, args, kwargs)
             self.untraceable.setdefault(path, place_and_cause(error))
-            return self.create_proxy("call_module", path, args, kwargs)
+            return proxy
 
     def _erase_after(self, last: fx.Node | None) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -187,7 +206,7 @@ class SymbolicTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """An attribute of a module: a proxy for parameters, unless an example value is being computed."""
-        if self._examples.running:
+        if self._examples.running or isinstance(attr_val, fx.Proxy):
             return attr_val
         self._parameters = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -211,7 +230,7 @@ class SymbolicTracer(fx.Tracer):
         value = self.example(obj)
         if self._examples.is_computed(obj.node, kind):
             raise TracingError(f"control flow depends on {kind}({obj.node}), which the network computes")
-        expected = _CONCRETE[kind](value)
+        expected = CONCRETE[kind](value)
         self.create_node("call_function", require_same_path, (obj.node, kind, expected), {})
         return expected
 
@@ -239,6 +258,15 @@ class SymbolicTracer(fx.Tracer):
             self.graph.erase_node(guard)
             self._examples.forget(guard)
 
+    def instance(self, obj: fx.Proxy) -> Any:
+        """A value of the type that a proxy stands for, guarded where other inputs may bring another type."""
+        if self.arguments is None:
+            raise TracingError(f"control flow depends on the type of {obj.node}: pass example_inputs to decide it")
+        value = self.example(obj)
+        if self._examples.may_change_type(obj.node):
+            self.create_node("call_function", require_same_path, (obj.node, "type", CONCRETE["type"](value)), {})
+        return value
+
     def example(self, obj: fx.Proxy) -> Any:
         """The value of a proxy on the example inputs; raises TracingError where there are none."""
         if self.arguments is None:
@@ -261,10 +289,12 @@ class SymbolicTracer(fx.Tracer):
                     raise TracingError(f"a graph takes no {parameter}")
                 continue
             value = self._root_argument(name, parameter)
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                keyword[name] = value
-            else:
+            if name in self.fixed:
+                continue  # a decorator may set what is not passed
+            if parameter.kind is parameter.POSITIONAL_ONLY or len(positional) <= self._positional:
                 positional.append(value)
+            else:
+                keyword[name] = value
         _reject_backward_hooks(self.root)
         if type(self.root) is nn.MultiheadAttention and can_open(self.root) and not has_own_call(self.root):
             return lambda root, *args: self._open_attention(root, *args, **keyword), positional
@@ -290,97 +320,19 @@ class SymbolicTracer(fx.Tracer):
         if default is None or isinstance(default, bool | int | float | str):
             placeholder = self.create_proxy("placeholder", name, (default,), {})
             self.create_node("call_function", require_default, (placeholder.node, default, name), {})
-        return default
+        return None
 
 
-class GuardedProxy(fx.Proxy):
-    """A proxy that takes concrete values from the example inputs where Python insists on them."""
-
-    tracer: SymbolicTracer
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __len__(self) -> int:
-        return int(self.tracer.concrete(self, "len"))
-
-    def __index__(self) -> int:
-        return self.tracer.index(self, sys._getframe(1))
-
-    @classmethod
-    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
-        """Records a call; that torch asked for its sizes as integers before has decided nothing."""
-        proxy: Any = _symbolic_trace._find_proxy(args or (), kwargs or {})
-        if proxy is not None:
-            proxy.tracer.drop_guards_of_call(sys._getframe(1))
-        return super().__torch_function__(orig_method, types, args, kwargs)
-
-    def __int__(self) -> int:
-        return int(self.tracer.concrete(self, "int"))
-
-    def __float__(self) -> float:
-        return float(self.tracer.concrete(self, "float"))
+def _attribute(root: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
 
 
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-
-
-class Attributes:
-    """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._saved = {module: (_own_attributes(module), dict(module._buffers)) for module in model.modules()}
-
-    def restore(self, model: nn.Module) -> None:
-        """Takes symbolic values out of the attributes of a model or a part of it."""
-        for module in model.modules():
-            attributes, buffers = self._saved.get(module, ({}, {}))
-            _restore(vars(module), vars(module).keys() - _MODULE_ATTRIBUTES, attributes)
-            _restore(module._buffers, module._buffers, buffers)
-
-
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module has that not every module has, with copies of lists and dictionaries, which forward may fill."""
-    names = vars(module).keys() - _MODULE_ATTRIBUTES
-    values = ((name, vars(module)[name]) for name in names)
-    return {name: copy.copy(value) if isinstance(value, list | dict) else value for name, value in values}
-
-
-def _restore(holder: dict[str, Any], names: Iterable[str], before: Mapping[str, Any]) -> None:
-    for name in [name for name in names if _holds_proxy(holder[name])]:
-        del holder[name]
-        if name in before:
-            holder[name] = before[name]
-
-
-def _holds_proxy(value: Any) -> bool:
-    if isinstance(value, fx.Proxy):
-        return True
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, list | tuple) and any(map(_holds_proxy, value))
-
-
-def class_name(cls: type) -> str:
-    """Where to find a class again."""
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def find_class(name: str) -> Any:
-    """The class of a `class_name`."""
-    module, _, path = name.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def build_object(name: str, attributes: Mapping[str, Any]) -> Any:
-    """An object of the class of that name with these attributes."""
-    cls = find_class(name)
-    built = cls.__new__(cls)
-    built.__dict__.update(attributes)
-    return built
+def _is_without_gradient(value: Any) -> bool:
+    """Whether a value is of a type that no gradient flows through."""
+    if isinstance(value, Tensor):
+        return not (value.is_floating_point() or value.is_complex())
+    return isinstance(value, bool | int | float)
 
 
 def _reject_backward_hooks(module: nn.Module) -> None:
@@ -392,28 +344,6 @@ def has_own_call(module: nn.Module) -> bool:
     """Whether calling a module does more than its forward: hooks (as `weight_norm`'s) or parametrizations."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks) or parametrize.is_parametrized(module)
-
-
-def require_default(value: Any, default: Any, name: str) -> None:
-    """Rejects a value for an argument that tracing has fixed at its default."""
-    if not (value is default or value == default):
-        raise TracingError(
-            f"argument {name!r} was fixed at its default {default!r} when the model was prepared: pass it in "
-            "example_inputs to prepare_saq if it is to vary"
-        )
-
-
-_CONCRETE: dict[str, Callable[[Any], Any]] = {"bool": bool, "len": len, "int": int, "float": float}
-
-
-def require_same_path(value: Any, kind: str, expected: Any) -> None:
-    """Rejects inputs for which the model would take another path than it took on the example inputs."""
-    actual = _CONCRETE[kind](value)
-    if actual != expected:
-        raise TracingError(
-            f"these inputs take another path through the model than the example inputs did: {kind} is "
-            f"{actual}, it was {expected}. Prepare the model with example inputs of this kind"
-        )
 
 
 def place_and_cause(error: BaseException) -> str:

@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
-from saq_fx.symbolic import SymbolicTracer, TrainingMarker, place_and_cause
+from saq_fx.proxies import TrainingMarker
+from saq_fx.state import Kept, forgotten
+from saq_fx.symbolic import SymbolicTracer, place_and_cause
 
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -61,17 +65,26 @@ def trace_symbolically(model: nn.Module, inputs: Inputs | None) -> tuple[SaqGrap
     Raises:
         TracingError: naming the module and the source line that symbolic tracing cannot follow.
     """
-    graph, untraceable = _symbolic_graph(model, *_arguments(model, inputs))
+    arguments = _arguments(model, inputs)
+    graph, untraceable = _symbolic_graph(model, arguments, modes_of(model))
     add_flags(model, graph)
     gm = SaqGraphModule(model, graph, type(model).__name__)
+    gm.keep_modes(frozen_modes(model))
     update_record(gm, tracing="symbolic")
     return gm, untraceable
 
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy; raises TracingError, saying why and what to do, for a model that has none."""
+    # torch.nn.utils.weight_norm and spectral_norm leave a weight with a history, which they make anew at each call.
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            weight = vars(module).get(getattr(hook, "name", ""))
+            if isinstance(hook, WeightNorm | SpectralNorm) and isinstance(weight, Tensor) and not weight.is_leaf:
+                memo[id(weight)] = weight.detach().clone()
     try:
-        return copy.deepcopy(model, _copies_of_empty_tables(model))
+        return copy.deepcopy(model, _copies_of_empty_tables(model) | memo)
     except Exception as error:
         raise TracingError(
             f"{type(model).__name__} cannot be copied ({error}), and prepare_saq never changes the model it is given: "
@@ -85,8 +98,23 @@ def _copies_of_empty_tables(model: nn.Module) -> dict[int, Any]:
     return {id(value): OrderedDict() for value in values if type(value) is OrderedDict and not value}
 
 
-def _arguments(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Arguments of `forward` with example values (None: no examples), and those left at their defaults."""
+@dataclass(frozen=True)
+class _Arguments:
+    """How `forward` is called: example values by name (None: no examples), and what is left at its default.
+
+    So many of the examples as `positional` says are passed by position.
+    """
+
+    given: dict[str, Any] | None
+    fixed: dict[str, Any]
+    positional: int
+
+    def tracer(self, leaves: Mapping[str, str], forgotten: Kept) -> SymbolicTracer:
+        """What records such a call."""
+        return SymbolicTracer(self.given, self.fixed, self.positional, leaves, forgotten)
+
+
+def _arguments(model: nn.Module, inputs: Inputs | None) -> _Arguments:
     signature = inspect.signature(model.forward)
     given: dict[str, Any] | None = None
     if inputs is not None:
@@ -101,16 +129,47 @@ def _arguments(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, Any] 
         for name, parameter in signature.parameters.items()
         if parameter.default is not parameter.empty and name not in (given or {})
     }
-    return given, fixed
+    return _Arguments(given, fixed, _required_arguments(model) if inputs is None else len(inputs[0]))
+
+
+def modes_of(model: nn.Module) -> dict[bool, dict[nn.Module, bool]]:
+    """The mode of every module after `train()` and after `eval()`, which the model may have overridden."""
+    modules = list(model.modules())
+    if all(type(each).train is nn.Module.train and "train" not in vars(each) for each in modules):
+        return {mode: dict.fromkeys(modules, mode) for mode in (True, False)}
+    modes, trainable = [each.training for each in modules], [each.requires_grad for each in model.parameters()]
+    try:
+        found = {}
+        for mode in (True, False):
+            model.train(mode)
+            found[mode] = {each: each.training for each in modules}
+        return found
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for parameter, flag in zip(model.parameters(), trainable, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def frozen_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
+    """The modules, by path, that `train()` and `eval()` leave in the other mode."""
+    modes = modes_of(model)
+    paths = list(model.named_modules(remove_duplicate=False))
+    return {mode: {path: not mode for path, each in paths if modes[mode][each] != mode} for mode in modes}
+
+
+def _required_arguments(model: nn.Module) -> int:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return sum(each.kind is not each.KEYWORD_ONLY and each.default is each.empty for each in parameters)
 
 
 @contextmanager
-def _marked_training(model: nn.Module, training: bool) -> Iterator[list[TrainingMarker]]:
-    """Within: every `training` flag is a marker of value `training`. Afterwards all is as it was."""
+def _marked_training(model: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterator[list[TrainingMarker]]:
+    """Within: every `training` flag is a marker of the module's mode. Afterwards all is as it was."""
     saved = {module: module.training for module in model.modules()}
     markers = []
     for path, module in model.named_modules():
-        marker = TrainingMarker(training, path)
+        marker = TrainingMarker(modes.get(module, model.training), path)
         module.__dict__["training"] = marker
         markers.append(marker)
     try:
@@ -129,26 +188,28 @@ class _Trace:
     steering: dict[str, set[str]]
 
 
-def _trace_in_mode(training: bool, model: nn.Module, tracer: SymbolicTracer) -> _Trace:
-    with _marked_training(model, training) as markers:
-        graph = _run_tracer(model, tracer)
+def _trace_in_mode(
+    model: nn.Module, arguments: _Arguments, leaves: Mapping[str, str], modes: Mapping[nn.Module, bool]
+) -> _Trace:
+    with _marked_training(model, modes) as markers:
+        graph, untraceable = _run_tracer(model, arguments, leaves)
     steering: dict[str, set[str]] = {}
     for marker in markers:
         for place in marker.asked_at:
-            if not any(is_within(place, path) for path in tracer.untraceable):
+            if not any(is_within(place, path) for path in untraceable):
                 steering.setdefault(place, set()).add(marker.owner)
-    return _Trace(graph, tracer.untraceable, steering)
+    return _Trace(graph, untraceable, steering)
 
 
 def _symbolic_graph(
-    model: nn.Module, arguments: dict[str, Any] | None, fixed: dict[str, Any]
+    model: nn.Module, arguments: _Arguments, modes: Mapping[bool, Mapping[nn.Module, bool]]
 ) -> tuple[fx.Graph, dict[str, str]]:
     mode, leaves = model.training, dict[str, str]()
     while True:
-        own = _trace_in_mode(mode, model, SymbolicTracer(arguments, fixed, leaves))
+        own = _trace_in_mode(model, arguments, leaves, modes[mode])
         if not own.steering:
             return own.graph, own.untraceable
-        other = _trace_in_mode(not mode, model, SymbolicTracer(arguments, fixed, leaves))
+        other = _trace_in_mode(model, arguments, leaves, modes[not mode])
         leaves = other.untraceable | own.untraceable
         if own.untraceable.keys() != other.untraceable.keys():
             continue
@@ -158,15 +219,22 @@ def _symbolic_graph(
         try:
             return merge_modes(model, train.graph, evaluation.graph, steering), leaves
         except UnmergeableError as error:
-            if not error.path or arguments is None:
+            if not error.path or arguments.given is None:
                 place = f"module {error.path or 'the model itself'!r}"
                 raise TracingError(f"{type(model).__name__} cannot be traced symbolically: {place}, {error}") from error
             leaves[error.path] = str(error)
 
 
-def _run_tracer(model: nn.Module, tracer: SymbolicTracer) -> fx.Graph:
+def _run_tracer(model: nn.Module, arguments: _Arguments, leaves: Mapping[str, str]) -> tuple[fx.Graph, dict[str, str]]:
+    tracer = arguments.tracer(leaves, {})
     try:
-        return tracer.trace(model)
+        graph = tracer.trace(model)
+        if tracer.kept:
+            # Once more, to see whether forward reads what it keeps, or only writes it.
+            with forgotten(tracer.kept):
+                tracer = arguments.tracer(leaves, tracer.kept)
+                graph = tracer.trace(model)
+        return graph, tracer.untraceable
     except Exception as error:
         path = tracer.current_path or "the model itself"
         raise TracingError(

@@ -1,0 +1,103 @@
+"""Stand-ins for values while a model is traced."""
+
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from torch.fx import _symbolic_trace
+
+from saq_fx.errors import TracingError
+
+
+class TrainingMarker(int):
+    """Stands for `self.training` of the module at `owner` while tracing; notes where the code asks for its value."""
+
+    owner: str
+    asked_at: set[str]
+    tracer: Any
+
+    def __new__(cls, value: bool, owner: str) -> "TrainingMarker":
+        """A marker of value 0 or 1."""
+        marker = super().__new__(cls, value)
+        marker.owner, marker.asked_at, marker.tracer = owner, set(), None
+        return marker
+
+    @property
+    def value(self) -> bool:
+        """The mode, without a note."""
+        return int.__int__(self) != 0
+
+    def __bool__(self) -> bool:
+        if self.tracer is not None:
+            self.asked_at.add(self.tracer.current_path)
+        return self.value
+
+    __hash__ = int.__hash__
+
+
+def _asking(name: str) -> Callable[..., Any]:
+    return lambda marker, *args: getattr(bool(marker), name)(*args)
+
+
+for _name in ("int", "index", "float", "eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "str", "format"):
+    setattr(TrainingMarker, f"__{_name}__", _asking(f"__{_name}__"))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor"):
+    setattr(TrainingMarker, f"__{_name}__", _asking(f"__{_name}__"))
+    setattr(TrainingMarker, f"__r{_name}__", _asking(f"__r{_name}__"))
+
+
+class GuardedProxy(fx.Proxy):
+    """A proxy that takes concrete values from the example inputs where Python insists on them."""
+
+    tracer: Any
+
+    def __getattr__(self, name: str) -> "GuardedAttribute":
+        return GuardedAttribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN_ATTRIBUTES and not name.startswith("__"):
+            raise TracingError(f"forward sets the attribute {name} of a tensor, which no graph does")
+        super().__setattr__(name, value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __len__(self) -> int:
+        return int(self.tracer.concrete(self, "len"))
+
+    def __index__(self) -> int:
+        return int(self.tracer.index(self, sys._getframe(1)))
+
+    @classmethod
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
+        """Records a call; that torch asked for its sizes as integers before has decided nothing."""
+        proxy: Any = _symbolic_trace._find_proxy(args or (), kwargs or {})
+        if proxy is not None:
+            proxy.tracer.drop_guards_of_call(sys._getframe(1))
+        return super().__torch_function__(orig_method, types, args, kwargs)
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self, "int"))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self, "float"))
+
+
+class GuardedAttribute(fx.proxy.Attribute, GuardedProxy):
+    """An attribute of a value, or a method of it that is about to be called."""
+
+
+_OWN_ATTRIBUTES = ("tracer", "node", "root", "attr", "_node")
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
+    """`x += y` changes a tensor in place, and so all that shares memory with it; numbers are replaced."""
+    return lambda value, other: value.tracer.create_proxy("call_function", function, (value, other), {})
+
+
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+IN_PLACE_OPERATORS = {f"__{name}__" for name in _AUGMENTED}
+for _name in _AUGMENTED:
+    setattr(GuardedProxy, f"__{_name}__", _augmented(getattr(operator, _name)))

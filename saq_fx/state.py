@@ -1,0 +1,224 @@
+"""State that a model keeps in attributes from one call to the next, which no graph has."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from saq_fx.errors import TracingError
+from saq_fx.graph import SaqGraphModule
+from saq_fx.proxies import IN_PLACE_OPERATORS
+from saq_fx.sharpness import preserve_buffers
+
+Kept = dict[tuple[nn.Module, str], Any]
+"""(module, name of an attribute or buffer that forward changes) -> what it was."""
+
+_MISSING: Any = object()
+_STRUCTURE = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Snapshot:
+    """What a module's attributes or buffers are now, the contents of lists and dictionaries included."""
+
+    def __init__(self, held: Mapping[str, Any]) -> None:
+        self.values = {name: value for name, value in held.items() if name not in _STRUCTURE}
+        self.contents = {name: value.copy() for name, value in self.values.items() if type(value) in (list, dict)}
+
+    def before(self, name: str) -> Any:
+        """What an attribute was; a list or dictionary as a copy, to compare with."""
+        return self.contents.get(name, self.values.get(name, _MISSING))
+
+    def put_back(self, held: dict[str, Any], names: Iterable[str]) -> None:
+        """Makes these attributes what they were."""
+        for name in names:
+            if name not in self.values:
+                held.pop(name, None)
+                continue
+            held[name] = value = self.values[name]
+            if name in self.contents:
+                value.clear()
+                (value.update if isinstance(value, dict) else value.extend)(self.contents[name])
+
+
+class Attributes:
+    """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = {module: (_Snapshot(vars(module)), _Snapshot(module._buffers)) for module in model.modules()}
+
+    def restore(self, model: nn.Module) -> None:
+        """Takes symbolic values, and numbers that forward changed, out of the attributes of a model or a part of it."""
+        for module in model.modules():
+            for held, snapshot in zip((vars(module), module._buffers), self._saved.get(module, ()), strict=False):
+                snapshot.put_back(held, [name for name in held if _is_moved(held, name, snapshot)])
+
+    def kept(self, is_data: Callable[[fx.Node], bool]) -> Kept:
+        """What forward has changed such that a later call may know, as a memory or a counter but no cache of sizes."""
+        found: Kept = {}
+        for module, (attributes, buffers) in self._saved.items():
+            for name, value in vars(module).items():
+                if _is_moved(vars(module), name, attributes) and _is_state(value, is_data):
+                    found[module, name] = attributes.values.get(name, _MISSING)
+            for name, buffer in module._buffers.items():
+                if isinstance(buffer, fx.Proxy) and is_data(buffer.node) and not _changes_in_place(buffer.node, name):
+                    found[module, name] = buffers.values.get(name, _MISSING)
+        return found
+
+
+class Forgotten:
+    """Stands for an attribute that forward writes: reading it first is reading what an earlier call has left."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        vars(self)["message"] = f"{type(module).__name__}.{name} is kept from one call to the next, which no graph does"
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TracingError(vars(self)["message"])
+
+    __getattr__ = __setattr__ = __delattr__ = __call__ = __getitem__ = __setitem__ = __iter__ = __contains__ = _refuse
+    __bool__ = __len__ = __int__ = __float__ = __index__ = __neg__ = __pos__ = __abs__ = __invert__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = __and__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = __rmatmul__ = _refuse
+    __or__ = __ror__ = __rand__ = _refuse
+    __hash__ = object.__hash__
+
+
+@contextmanager
+def forgotten(kept: Kept) -> Iterator[None]:
+    """Within: these attributes can be written, but not be read first."""
+    for module, name in kept:
+        _holder(module, name)[name] = Forgotten(module, name)
+    try:
+        yield
+    finally:
+        for (module, name), before in kept.items():
+            if before is _MISSING:
+                _holder(module, name).pop(name, None)
+            else:
+                _holder(module, name)[name] = before
+
+
+def reject_written_buffers(kept: Iterable[tuple[nn.Module, str]]) -> None:
+    """Raises TracingError if forward has put another tensor in the place of one that checkpoints hold."""
+    for module, name in kept:
+        if name not in module._buffers or name in module._non_persistent_buffers_set:
+            continue
+        if not isinstance(module._buffers[name], Forgotten):
+            raise TracingError(f"{type(module).__name__} assigns its buffer {name}, which no graph does")
+
+
+@contextmanager
+def rejected_chance() -> Iterator[None]:
+    """Within: drawing from the generators of Python and numpy is an error at the end, for a graph would do it once."""
+    before = _Chance()
+    try:
+        yield
+    except BaseException:
+        before.put_back()
+        raise
+    if before.put_back():
+        raise TracingError("forward draws random numbers from Python's or numpy's generator, which no graph does")
+
+
+class _Chance:
+    """The generators of Python and numpy as they are now."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy: Any = np.random.get_state()
+
+    def put_back(self) -> bool:
+        """Makes the generators what they were; whether they were drawn from."""
+        numpy: Any = np.random.get_state()
+        same = numpy[2:] == self._numpy[2:] and np.array_equal(numpy[1], self._numpy[1])
+        if same and random.getstate() == self._python:
+            return False
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        return True
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Within: the model may run. Afterwards buffers, and attributes of modules that run Python, are as before."""
+    python = [module for module in model.modules() if not type(module).__module__.startswith("saq_fx.")]
+    saved = {
+        module: _Snapshot(vars(module))
+        for module in python
+        if not isinstance(module, SaqGraphModule) or "_python_class" in vars(module)
+    }
+    values = [value for each in saved.values() for value in each.values.values() if isinstance(value, Tensor)]
+    tensors = [tensor for tensor in values if tensor.layout is torch.strided and 0 not in tensor.stride()]
+    contents = [tensor.clone() for tensor in tensors]
+    chance = _Chance()
+    try:
+        with preserve_buffers(model):
+            yield
+    finally:
+        chance.put_back()
+        with torch.no_grad():
+            for tensor, content in zip(tensors, contents, strict=True):
+                tensor.data.copy_(content)
+        for module, snapshot in saved.items():
+            held = vars(module)
+            names = {*held, *snapshot.values}.difference(_STRUCTURE)
+            snapshot.put_back(held, [name for name in names if not _is_same(held.get(name), snapshot.before(name))])
+
+
+def _holder(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._buffers if name in module._buffers else vars(module)
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    """Whether nothing was put in the place of what was there, nor into it."""
+    if value is before:
+        return True
+    if type(value) is not type(before) or type(value) not in (list, dict) or len(value) != len(before):
+        return False
+    if isinstance(value, dict):
+        return all(key in before and item is before[key] for key, item in value.items())
+    return all(item is other for item, other in zip(value, before, strict=True))
+
+
+def _is_moved(held: Mapping[str, Any], name: str, snapshot: _Snapshot) -> bool:
+    """Whether forward has put a symbolic value, another number or another list there."""
+    value, before = held[name], snapshot.before(name)
+    if name in _STRUCTURE or value is before:
+        return False
+    if isinstance(value, _PLAIN):
+        return type(value) is not type(before) or value != before
+    return (type(value) in (list, dict) and not _is_same(value, before)) or any(True for _ in _proxies(value))
+
+
+def _is_state(value: Any, is_data: Callable[[fx.Node], bool]) -> bool:
+    """Whether what forward has put there is more than what the sizes of its inputs, or nothing at all, decide."""
+    proxies = list(_proxies(value))
+    if proxies:
+        return any(is_data(proxy.node) for proxy in proxies)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+    return all(isinstance(item, _PLAIN) for item in items)
+
+
+def _proxies(value: Any) -> Iterator[fx.Proxy]:
+    if isinstance(value, fx.Proxy):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _proxies(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _proxies(item)
+
+
+def _changes_in_place(node: fx.Node, name: str) -> bool:
+    """Whether a node is the buffer of that name still, changed in place (`self.count += 1`)."""
+    while node.op == "call_function" and f"__{getattr(node.target, '__name__', '')}__" in IN_PLACE_OPERATORS:
+        node = node.args[0]  # type: ignore[assignment]
+    while node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "get_attr" and str(node.target).rpartition(".")[2] == name

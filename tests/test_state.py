@@ -1,0 +1,583 @@
+"""What forward does besides its operations: the graph does it too, exactly, or the module's code stays Python."""
+
+import copy
+import functools
+import pickle
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saq_fx.annotation import record_of
+from saq_fx.errors import TracingError
+from saq_fx.graph import layers
+from saq_fx.prepare import prepare_saq
+from saq_fx.report import precision_report
+
+V = torch.linspace(-1, 1, 80).reshape(2, 5, 8)
+
+
+class Pair(nn.Module):
+    """Two layers, for a forward between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x)))
+
+    def between(self, h: Tensor) -> Tensor:
+        return h
+
+
+def seeded(seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def run(module: nn.Module, inputs: tuple[Any, ...], seed: int) -> tuple[Tensor, list[Tensor | None]]:
+    module.zero_grad()
+    seeded(seed)
+    output: Tensor = module(*copy.deepcopy(inputs))
+    if output.requires_grad:
+        output.float().sin().sum().backward()
+    return output.detach(), [each.grad for each in module.parameters()]
+
+
+def assert_same(model: nn.Module, gm: nn.Module, *inputs: Any, steps: int = 3) -> None:
+    """Outputs, gradients and buffers, call after call, in both modes, with and without gradients, under autocast."""
+    model, gm = copy.deepcopy(model), copy.deepcopy(gm)
+    scopes: list[Callable[[], Any]] = [torch.enable_grad, torch.no_grad]
+    scopes.append(lambda: torch.autocast("cpu", torch.bfloat16))
+    for step in range(steps):
+        for training in (True, False):
+            for scope in scopes:
+                results = []
+                for module in (model.train(training), gm.train(training)):
+                    with scope():
+                        results.append(run(module, inputs, step))
+                (expected, gradients), (actual, others) = results
+                assert actual.dtype == expected.dtype
+                assert torch.equal(actual, expected)
+                for gradient, other in zip(gradients, others, strict=True):
+                    assert (gradient is None) == (other is None)
+                    assert gradient is None or torch.equal(gradient, other)
+                buffers = dict(gm.named_buffers())
+                assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+                assert torch.is_grad_enabled()
+                assert not torch.is_autocast_enabled("cpu")
+
+
+def assert_captured(model: nn.Module, way: str, *inputs: Any, names: tuple[str, ...] = ("a", "b")) -> Any:
+    """The float graph is the model, also when copied, pickled and compiled; the quantized graph has these layers."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gm: Any = prepare_saq(model, example_inputs=copy.deepcopy(inputs), precision=None)
+    assert record_of(gm).tracing == way
+    for each in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in each.state_dict().items())
+        assert_same(model, each, *inputs)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(copy.deepcopy(gm).eval(), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seeded()
+        actual = compiled(*copy.deepcopy(inputs))
+    seeded()
+    assert torch.equal(actual, copy.deepcopy(model).eval()(*copy.deepcopy(inputs)))
+    quantized = prepare_saq(model, example_inputs=copy.deepcopy(inputs))
+    assert {layer.name for _, layer in layers(quantized)} == set(names)
+    assert all(torch.equal(quantized.state_dict()[name], tensor) for name, tensor in before.items())
+    quantized(*copy.deepcopy(inputs)).sum().backward()
+    return gm
+
+
+class Ruled(Pair):
+    """Runs a function, which may keep state in these attributes and buffers."""
+
+    def __init__(self, rule: Callable[[Any, Tensor], Tensor], **state: Any) -> None:
+        super().__init__()
+        self.rule = rule
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def between(self, h: Tensor) -> Tensor:
+        return self.rule(self, h)
+
+
+class Typed(Pair):
+    """Asks for types of tensors, numbers and lists."""
+
+    def forward(self, x: Any, scale: Any, more: Any) -> Tensor:
+        if isinstance(x, torch.Tensor):
+            x = 2 * x
+        if not torch.is_tensor(scale):
+            scale = torch.tensor([scale], dtype=torch.float32)
+        if isinstance(scale, int | float):
+            scale = scale * 7
+        x = torch.cat(more) + x if isinstance(more, list | tuple) else x
+        assert isinstance(x, Tensor)
+        assert not isinstance(x, nn.Parameter)
+        assert isinstance(self.a.weight, nn.Parameter)
+        return self.b(self.a(x) * scale if isinstance(x.shape[0], int) else x)
+
+
+@pytest.mark.parametrize("scale", [3, torch.tensor([3.0])])
+@pytest.mark.parametrize("more", [[V[:1], V[1:]], V])
+def test_types_are_those_of_the_example(scale: Any, more: Any) -> None:
+    gm = assert_captured(Typed(), "symbolic", V, scale, more)
+    with pytest.raises(TracingError, match="another path through the model than the example inputs did: type is"):
+        gm(V, 0.5, more)
+    with pytest.raises(TracingError, match="control flow depends on the type of x: pass example_inputs"):
+        prepare_saq(Typed())
+
+
+class Scoped(Pair):
+    def __init__(self, scope: Callable[[], Any]) -> None:
+        super().__init__()
+        self.scope = scope
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.scope():
+            h = self.a(x)
+        return self.b(h)
+
+
+class Decorated(Pair):
+    @torch.no_grad()
+    def teach(self, x: Tensor) -> Tensor:
+        return self.a(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(x) * self.teach(x)
+
+
+class Asking(Pair):
+    def between(self, h: Tensor) -> Tensor:
+        return h * 2 if torch.is_grad_enabled() else h
+
+
+class Filling(Pair):
+    """A queue of what was seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(2, 5, 8))
+
+    def between(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.queue.copy_(h)
+        return h + self.queue.mean()
+
+
+class Averaged(Pair):
+    """A momentum encoder, moved by a loop over parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.a).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                for mine, own in zip(self.teacher.parameters(), self.a.parameters(), strict=True):
+                    mine.data.mul_(0.9).add_(own.data * 0.1)
+        with torch.no_grad():
+            target = self.teacher(x)
+        return self.b(self.a(x)) - target
+
+
+class Frozen(Pair):
+    """A scope around what needs no gradients anyway."""
+
+    def between(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            positions = torch.arange(h.shape[-1], dtype=torch.float32) @ torch.ones(8, 8)
+        return h + positions.to(h.device) + h.argmax(-1, keepdim=True)
+
+
+def enabled_without() -> Any:
+    return torch.set_grad_enabled(False)
+
+
+@pytest.mark.parametrize(
+    ("model", "way", "names"),
+    [
+        (Scoped(torch.no_grad), "by parts", ("a", "b")),
+        (Scoped(torch.enable_grad), "by parts", ("a", "b")),
+        (Scoped(enabled_without), "by parts", ("a", "b")),
+        (Decorated(), "by parts", ("a", "b")),
+        (nn.Sequential(Decorated(), nn.Linear(8, 8)), "by parts", ("0.a", "0.b", "1")),
+        (Asking(), "by parts", ("a", "b")),
+        (Filling(), "by parts", ("a", "b")),
+        (Averaged(), "by parts", ("a", "b", "teacher")),
+        (Frozen(), "symbolic", ("a", "b", "matmul")),
+    ],
+)
+def test_scopes_without_gradients(model: nn.Module, way: str, names: tuple[str, ...]) -> None:
+    assert_captured(model, way, V, names=names)
+
+
+class Gradients(nn.Module):
+    """An energy and its force."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=self.training)
+        return force
+
+
+def test_gradients_in_forward() -> None:
+    model = Gradients()
+    gm = prepare_saq(model, example_inputs=V, precision=None)
+    assert record_of(gm).tracing == "by parts"
+    for training in (True, False):
+        expected, actual = model.train(training)(V), gm.train(training)(V)
+        assert torch.equal(actual, expected)
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return -gradients[0]
+
+
+class Split(torch.autograd.Function):
+    """Two outputs, a number, and products that no graph sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight)
+        return x @ weight, x * factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight.t() + gradients[1], None, None
+
+
+class Functional(Pair):
+    def between(self, h: Tensor) -> Tensor:
+        left, right = Split.apply(Reverse.apply(h), self.b.weight, 0.5)
+        return left + right
+
+
+def test_backward_of_autograd_functions() -> None:
+    gm = assert_captured(Functional(), "symbolic", V)
+    reason = "an autograd function of the model's own, whose operations are not seen"
+    assert precision_report(gm).uncounted == (("Reverse", reason), ("Split", reason))
+
+    class Local(Reverse):
+        pass
+
+    local: Any = prepare_saq(Ruled(lambda self, h: Local.apply(h)), example_inputs=V, precision=None)
+    assert record_of(local).tracing == "by parts"
+    model = Pair()
+    model.load_state_dict(local.state_dict())
+    model.between = lambda h: Local.apply(h)  # type: ignore[method-assign]
+    assert_same(model, local, V)
+
+
+class Island(Pair):
+    """Single precision under whatever the caller runs, as rotary embeddings do, and products inside."""
+
+    def between(self, h: Tensor) -> Tensor:
+        with torch.autocast(device_type=h.device.type, enabled=False):
+            h = h.float() @ h.float().transpose(1, 2) @ torch.ones(5, 8)
+            with torch.amp.autocast("cpu", enabled=False):
+                h = h @ self.a.weight
+        return h @ self.b.weight
+
+
+class OneMode(Pair):
+    def between(self, h: Tensor) -> Tensor:
+        if self.training:
+            with torch.autocast("cpu", enabled=False):
+                h = h.float() @ torch.ones(8, 8)
+        return h
+
+
+class Narrow(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.a(x)
+        return self.b(h.float())
+
+
+def test_scopes_without_autocast() -> None:
+    model = Island()
+    gm = assert_captured(model, "symbolic", V, names=("a", "b", "a@1", "b@1", "matmul", "matmul_1"))
+    assert_same(model, torch.fx.GraphModule(gm, copy.deepcopy(gm.graph)), V)
+    pruned = copy.deepcopy(gm)
+    pruned.graph.eliminate_dead_code()
+    pruned.recompile()
+    assert_same(model, pruned, V)
+    assert_captured(Narrow(), "by parts", V)
+    assert_captured(nn.Sequential(OneMode(), nn.Linear(8, 8)), "symbolic", V, names=("0.a", "0.b", "1"))
+    assert_captured(Ruled(asking), "by parts", V)
+
+
+def asking(self: Any, h: Tensor) -> Tensor:
+    return h.bfloat16().float() if torch.is_autocast_enabled("cpu") else h
+
+
+def alias(self: Pair, h: Tensor) -> Tensor:
+    other = h
+    h += 1
+    return h * other
+
+
+def view(self: Pair, h: Tensor) -> Tensor:
+    first = h[:, 0]
+    first -= 1
+    first *= 2
+    h[:, 1] /= 3
+    size = h.shape[0]
+    size += 1
+    return h * size
+
+
+def decaying(self: Any, h: Tensor) -> Tensor:
+    self.factor.mul_(0.5)
+    return h * self.factor
+
+
+def collecting(self: Any, h: Tensor) -> Tensor:
+    self.total.add_(h.detach().sum(0))
+    return h * self.total
+
+
+def penalized(self: Any, h: Tensor) -> Tensor:
+    return h + sum(each.square().sum() for each in self.parameters())
+
+
+def seeding(self: Any, h: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return h + torch.rand(8)
+
+
+def counting(self: Any, h: Tensor) -> Tensor:
+    self.count += 1
+    return h / self.count
+
+
+def averaging(self: Any, h: Tensor) -> Tensor:
+    self.mean = 0.9 * self.mean + 0.1 * h.detach().mean((0, 1))
+    return h - self.mean
+
+
+def remembering(self: Any, h: Tensor) -> Tensor:
+    both = h if self.memory is None else h + self.memory
+    self.memory = h.detach()
+    return both
+
+
+def alternating(self: Any, h: Tensor) -> Tensor:
+    self.calls += 1
+    return h if self.calls % 2 else -h
+
+
+def listing(self: Any, h: Tensor) -> Tensor:
+    self.history.append(h.detach())
+    return h + sum(self.history)
+
+
+def writing(self: Any, h: Tensor) -> Tensor:
+    self.last = h.sum(0)
+    self.size = tuple(h.shape)
+    self.factor = 3
+    return h + self.last * self.factor
+
+
+def caching(self: Any, h: Tensor) -> Tensor:
+    if self.table is None or self.table.shape[0] != h.shape[-1]:
+        self.table = torch.arange(h.shape[-1]).float()
+    return h + self.table
+
+
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [
+        (Ruled(alias), "symbolic"),
+        (Ruled(decaying, factor=torch.ones(8)), "symbolic"),
+        (Ruled(penalized), "by parts"),
+        (Ruled(seeding), "by parts"),
+        (Ruled(view), "symbolic"),
+        (Ruled(counting, count=torch.zeros(())), "symbolic"),
+        (Ruled(averaging, mean=torch.zeros(8)), "by parts"),
+        (Ruled(remembering, memory=None), "by parts"),
+        (Ruled(alternating, calls=0), "by parts"),
+        (Ruled(listing, history=[]), "by parts"),
+        (Ruled(writing, last=None), "symbolic"),
+        (Ruled(caching, table=None), "symbolic"),
+    ],
+)
+def test_state(model: nn.Module, way: str) -> None:
+    assert_captured(model, way, V)
+
+
+def test_tensors_in_plain_attributes() -> None:
+    for rule in (decaying, collecting):
+        model = Ruled(rule)
+        model.factor, model.total = torch.ones(8), torch.zeros(5, 8)  # type: ignore[assignment]
+        gm = prepare_saq(model, example_inputs=V, precision=None)
+        assert torch.equal(model.total, torch.zeros(5, 8))
+        for _ in range(3):
+            assert torch.equal(gm(V), model(V))
+
+
+def drawing(self: Any, h: Tensor) -> Tensor:
+    return h if random.random() < 0.5 else -h
+
+
+def drawing_numpy(self: Any, h: Tensor) -> Tensor:
+    return h * float(np.random.rand())
+
+
+def drawing_torch(self: Any, h: Tensor) -> Tensor:
+    return h if torch.rand(()) < 0.5 else -h
+
+
+@pytest.mark.parametrize("draw", [drawing, drawing_numpy, drawing_torch])
+def test_chance_steers_python(draw: Callable[..., Any]) -> None:
+    before = random.getstate()
+    prepare_saq(Ruled(draw), example_inputs=V)
+    assert random.getstate() == before
+    assert_captured(Ruled(draw), "by parts", V)
+
+
+class Unmoving(nn.Module):
+    """A BatchNorm that stays as it is, and a part that is not told of modes at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.part = nn.Linear(8, 8), nn.BatchNorm1d(5), Dropping().eval()
+        self.part.train = lambda mode=True: self.part  # type: ignore[method-assign]
+        self.b = nn.Linear(8, 8)
+
+    def train(self, mode: bool = True) -> "Unmoving":
+        super().train(mode)
+        self.norm.eval()
+        self.a.requires_grad_(False)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.part(self.norm(self.a(x))))
+
+
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, 0.5, self.training)
+        return -x if self.training else x
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_an_overridden_train_is_followed(steered: bool) -> None:
+    model = Unmoving()
+    if steered:
+        model.a = nn.Sequential(nn.Linear(8, 8), Dropping())  # type: ignore[assignment]
+    gm: Any = prepare_saq(model, example_inputs=V, precision=None)
+    assert all(each.requires_grad for each in gm.parameters())
+    for each in (gm, copy.deepcopy(gm), prepare_saq(model, example_inputs=V)):
+        assert not each.train().norm.training
+        assert each.training
+        assert not each.eval().norm.training
+    for parameter in gm.a.parameters():
+        parameter.requires_grad_(False)
+    model.train()
+    for training in (True, False):
+        (expected, gradients), (actual, others) = (run(each.train(training), (V,), 0) for each in (model, gm))
+        assert torch.equal(expected, actual)
+        assert all(one is other or torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
+        assert torch.equal(model.norm.running_mean, gm.norm.running_mean)
+
+
+def with_defaults(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("flag", True)
+        return forward(self, *args, **kwargs)
+
+    return call
+
+
+class Defaulting(Pair):
+    @with_defaults
+    def forward(self, x: Tensor, scale: float = 1.5, flag: bool | None = None) -> Tensor:
+        return self.b(self.a(x) * scale) if flag else self.a(x)
+
+
+class DefaultingPython(Defaulting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    @with_defaults
+    def forward(self, x: Tensor, scale: float = 1.5, flag: bool | None = None) -> Tensor:
+        self.calls += 1
+        return self.b(self.a(x) * scale) if flag else self.a(x)
+
+
+@pytest.mark.parametrize("kind", [Defaulting, DefaultingPython])
+@pytest.mark.parametrize("example", [(V,), {"x": V}, (V, 2.0), {"scale": 2.0, "x": V}])
+def test_decorators_set_what_is_not_passed(kind: type[Pair], example: Any) -> None:
+    model = kind()
+    gm: Any = prepare_saq(model, example_inputs=example, precision=None)
+    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
+    assert torch.equal(gm(*args, **kwargs), model(*args, **kwargs))
+    assert torch.equal(gm(V, *args[1:]) if args else gm(**kwargs), model(*args, **kwargs))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.(weight|spectral)_norm.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor of.*:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_old_normalizations_after_training(norm: Callable[[nn.Module], nn.Module]) -> None:
+    model, fresh, reference = Pair(), Pair(), Pair()
+    for each in (model, fresh, reference):
+        norm(each.a)
+        each.load_state_dict(model.state_dict())
+    gm = prepare_saq(fresh, example_inputs=V, precision=None)
+    model(V).sum().backward()
+    trained = prepare_saq(model, example_inputs=V, precision=None)
+    trained.load_state_dict(gm.state_dict())
+    for each in (gm, trained):
+        reference.load_state_dict(fresh.state_dict())
+        for training in (True, False, True):
+            (expected, gradients), (actual, others) = (run(m.train(training), (V,), 0) for m in (reference, each))
+            assert torch.equal(expected, actual)
+            assert all(torch.equal(*pair) for pair in zip(gradients, others, strict=True))  # type: ignore[arg-type]
+
+
+def test_models_in_other_states() -> None:
+    lazy = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8))
+    with pytest.raises(TracingError, match=r"^module '1' of Sequential is lazy and has no weights yet: run the model"):
+        prepare_saq(lazy, example_inputs=V)
+    model = Pair()
+    gm = prepare_saq(torch.compile(model, backend="eager"), example_inputs=V, precision=None)  # type: ignore[arg-type]
+    assert list(gm.state_dict()) == list(model.state_dict())
+    assert torch.equal(gm(V), model(V))
+    with pytest.raises(TracingError, match=r"^module '0' of Sequential is compiled: put its \._orig_mod"):
+        prepare_saq(nn.Sequential(torch.compile(model, backend="eager")), example_inputs=V)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        gm = prepare_saq(model, example_inputs=V.clone())
+    gm(V).sum().backward()
+    assert all(each.grad is not None for each in gm.parameters())

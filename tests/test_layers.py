@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
-    0: "errors precision recipe fake_quantization quantizers mixtures sharpness allocation batching parallel parameters"
-    " training_recipe distillation",
+    0: "errors precision recipe fake_quantization quantizers mixtures sharpness allocation knapsack knapsack_core "
+    "batching parallel parameters training_recipe distillation",
     1: "annotation attention capture dataflow example_values exported graph modes operators pass_base patching "
     "recording rewriting shapes symbolic tracing",
     2: "cost choices report resume two_passes",
@@ -24,6 +24,8 @@ BANNED = {
     "saq_fx.errors": "torch",
     "saq_fx.precision": "torch",
     "saq_fx.allocation": "torch",
+    "saq_fx.knapsack": "torch",
+    "saq_fx.knapsack_core": "torch",
     "saq_fx.fake_quantization": "torch.fx",
     "saq_fx.quantizers": "torch.fx",
     "saq_fx.mixtures": "torch.fx",

@@ -23,10 +23,10 @@ from saq_fx.knapsack_core import Floats, Found, Indices, Integers, Relaxed, Work
 Row: TypeAlias = list[tuple[int, ...]]  # of each choice of a group: its cost by each constraint
 
 TOLERANCE = 1e-9  # of the range of scores, where the exact search would outgrow its lists
-WORK = 4_000_000  # partial allocations to look at: about a second
-QUICK, THOROUGH, EXACT = 1 << 15, 1 << 17, 1 << 20  # partial allocations in a list
+WORK = 6_000_000  # partial allocations to look at: about a second
+QUICK, THOROUGH, EXACT = 1 << 15, 1 << 19, 1 << 20  # partial allocations in a list
 SOLVER_SECONDS = 2.0
-EFFORTS = (1, 4)  # times the above
+EFFORTS = (1, 6)  # times the above
 
 
 class Solution(NamedTuple):
@@ -241,10 +241,11 @@ def _relax(problem: Problem) -> Relaxed | None:
 def _cannot_keep(form: _LinearForm) -> bool:
     """Whether weights on the constraints prove that no allocation keeps all: the least weighted total is too much."""
     excess = csr_array(np.full((len(form.shares), 1), -1.0))
-    choices = hstack([form.groups, csr_array((form.groups.shape[0], 1))])
+    choices: Any = hstack([form.groups, csr_array((form.groups.shape[0], 1))])
     limits, ones = np.ones(len(form.shares)), np.ones(form.groups.shape[0])
     objective = np.append(np.zeros(len(form.losses)), 1.0)
-    solution = linprog(objective, hstack([csr_array(form.shares), excess]), limits, choices, ones)
+    totals: Any = hstack([csr_array(form.shares), excess])
+    solution = linprog(objective, A_ub=totals, b_ub=limits, A_eq=choices, b_eq=ones)
     if solution.status != 0:
         return False
     weights = np.maximum(-np.asarray(solution.ineqlin.marginals), 0.0)

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
-    0: "errors precision recipe fake_quantization fitting quantizers mixtures sharpness allocation batching parallel"
-    " parameters training_recipe distillation nested mac_counter",
+    0: "errors precision recipe fake_quantization fitting quantizers mixtures sharpness allocation knapsack "
+    "knapsack_core batching parallel parameters training_recipe distillation nested mac_counter",
     1: "alignment annotation attention bytecode capture dataflow effects example_values exported graph modes mutation "
     "operation_names operators pass_base patching proxies recording rewriting runtime scopes shapes signs state "
     "symbolic tracing uncounted",
@@ -25,6 +25,8 @@ BANNED = {
     "saq_fx.errors": "torch",
     "saq_fx.precision": "torch",
     "saq_fx.allocation": "torch",
+    "saq_fx.knapsack": "torch",
+    "saq_fx.knapsack_core": "torch",
     "saq_fx.fake_quantization": "torch.fx",
     "saq_fx.quantizers": "torch.fx",
     "saq_fx.mixtures": "torch.fx",

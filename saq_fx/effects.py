@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from saq_fx.operation_names import is_in_place
+
 # What is random, by the names of functions and methods.
 _RANDOM = {
     "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli",
@@ -18,11 +20,8 @@ _RANDOM = {
 _RANDOM_BY_ARGUMENT = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 _STATISTICS = {"batch_norm", "instance_norm", "native_batch_norm"}
 # Of this library and of torch: what raises errors, or opens and closes scopes.
+_CHANGES_HISTORY = {"requires_grad_", "detach_", "retain_grad"}
 _WITHOUT_VALUE = {"require_same_path", "require_default", "switch_autocast", "_assert", "_set_grad_enabled"}
-_OPERATORS = {
-    "setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior",
-    "ixor",
-}  # fmt: skip
 _KNOWN = ("torch", "torchvision", "saq_fx", "math", "operator", "_operator", "builtins")
 
 
@@ -31,7 +30,7 @@ def has_effects(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = _name(node.target)
-    if is_random(node) or writes_first(node) or name in _WITHOUT_VALUE or "out" in node.kwargs:
+    if is_random(node) or writes_first(node) or name in _WITHOUT_VALUE | _CHANGES_HISTORY or "out" in node.kwargs:
         return True
     if name in _RANDOM_BY_ARGUMENT:
         return any(isinstance(each, float) and each > 0 for each in (*node.args, node.kwargs.get("dropout_p")))
@@ -50,11 +49,7 @@ def is_random(node: fx.Node) -> bool:
 
 def writes_first(node: fx.Node) -> bool:
     """Whether a function or a method writes into its first argument."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = _name(node.target)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name.strip("_") in _OPERATORS or bool(node.kwargs.get("inplace"))
+    return is_in_place(node) or bool(node.kwargs.get("inplace"))
 
 
 def follows_mode(module: nn.Module) -> bool:

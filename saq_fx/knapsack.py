@@ -25,8 +25,8 @@ Row: TypeAlias = list[tuple[int, ...]]  # of each choice of a group: its cost by
 TOLERANCE = 1e-9  # of the range of scores, where the exact search would outgrow its lists
 WORK = 6_000_000  # partial allocations to look at: about a second
 QUICK, THOROUGH, EXACT = 1 << 15, 1 << 19, 1 << 20  # partial allocations in a list
-SOLVER_SECONDS = 2.0
-EFFORTS = (1, 6)  # times the above
+SOLVER_SECONDS = 5.0
+EFFORTS = (0.25, 1, 4)  # times the above
 
 
 class Solution(NamedTuple):

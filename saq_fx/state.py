@@ -19,6 +19,7 @@ Kept = dict[tuple[nn.Module, str], Any]
 
 _MISSING: Any = object()
 _STRUCTURE = frozenset(vars(nn.Module()))
+_HOOK_TABLES = frozenset(name for name in _STRUCTURE if "hooks" in name and isinstance(vars(nn.Module())[name], dict))
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -68,6 +69,30 @@ class Attributes:
                 if isinstance(buffer, fx.Proxy) and is_data(buffer.node) and not _changes_in_place(buffer.node, name):
                     found[module, name] = buffers.values.get(name, _MISSING)
         return found
+
+
+class HookTables:
+    """The hooks of a model's modules as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = self._now()
+
+    def _now(self) -> dict[tuple[nn.Module, str], dict[Any, Any]]:
+        every = ((module, name, table) for module in self._model.modules() for name, table in vars(module).items())
+        return {(module, name): dict(table) for module, name, table in every if name in _HOOK_TABLES and table}
+
+    @property
+    def changed(self) -> bool:
+        """Whether hooks were installed or removed since."""
+        return self._now() != self._before
+
+    def put_back(self) -> None:
+        """Makes the tables what they were."""
+        for module, name in self._now():
+            table = vars(module)[name]
+            table.clear()
+            table.update(self._before.get((module, name), {}))
 
 
 class Forgotten:

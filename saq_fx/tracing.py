@@ -22,8 +22,10 @@ from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
+from saq_fx.nested import cloned
 from saq_fx.proxies import TrainingMarker
-from saq_fx.state import Kept, forgotten
+from saq_fx.sharpness import preserve_buffers
+from saq_fx.state import HookTables, Kept, forgotten
 from saq_fx.symbolic import SymbolicTracer, place_and_cause
 
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
@@ -108,6 +110,7 @@ class _Arguments:
     given: dict[str, Any] | None
     fixed: dict[str, Any]
     positional: int
+    inputs: Inputs | None
 
     def tracer(self, leaves: Mapping[str, str], forgotten: Kept) -> SymbolicTracer:
         """What records such a call."""
@@ -129,7 +132,20 @@ def _arguments(model: nn.Module, inputs: Inputs | None) -> _Arguments:
         for name, parameter in signature.parameters.items()
         if parameter.default is not parameter.empty and name not in (given or {})
     }
-    return _Arguments(given, fixed, _required_arguments(model) if inputs is None else len(inputs[0]))
+    return _Arguments(given, fixed, _required_arguments(model) if inputs is None else len(inputs[0]), inputs)
+
+
+def _call_once(model: nn.Module, inputs: Inputs) -> None:
+    args, kwargs = cloned(inputs)
+    markers = {module: module.training for module in model.modules()}
+    try:
+        for module in markers:
+            module.__dict__["training"] = False
+        with torch.no_grad(), torch.random.fork_rng(), preserve_buffers(model):
+            model(*args, **kwargs)
+    finally:
+        for module, marker in markers.items():
+            module.__dict__["training"] = marker
 
 
 def modes_of(model: nn.Module) -> dict[bool, dict[nn.Module, bool]]:
@@ -226,9 +242,15 @@ def _symbolic_graph(
 
 
 def _run_tracer(model: nn.Module, arguments: _Arguments, leaves: Mapping[str, str]) -> tuple[fx.Graph, dict[str, str]]:
-    tracer = arguments.tracer(leaves, {})
+    tracer, hooks = arguments.tracer(leaves, {}), HookTables(model)
     try:
         graph = tracer.trace(model)
+        if hooks.changed and arguments.inputs is not None:
+            # Forward installs hooks at its first call, and notes that it has: let it do both.
+            hooks.put_back()
+            _call_once(model, arguments.inputs)
+            tracer = arguments.tracer(leaves, {})
+            graph = tracer.trace(model)
         if tracer.kept:
             # Once more, to see whether forward reads what it keeps, or only writes it.
             with forgotten(tracer.kept):

@@ -58,7 +58,7 @@ class Attributes:
             for held, snapshot in zip((vars(module), module._buffers), self._saved.get(module, ()), strict=False):
                 snapshot.put_back(held, [name for name in held if _is_moved(held, name, snapshot)])
 
-    def kept(self, is_data: Callable[[fx.Node], bool]) -> Kept:
+    def kept(self, is_data: Callable[[fx.Node, bool], bool]) -> Kept:
         """What forward has changed such that a later call may know, as a memory or a counter but no cache of sizes."""
         found: Kept = {}
         for module, (attributes, buffers) in self._saved.items():
@@ -66,7 +66,11 @@ class Attributes:
                 if _is_moved(vars(module), name, attributes) and _is_state(value, is_data):
                     found[module, name] = attributes.values.get(name, _MISSING)
             for name, buffer in module._buffers.items():
-                if isinstance(buffer, fx.Proxy) and is_data(buffer.node) and not _changes_in_place(buffer.node, name):
+                if (
+                    isinstance(buffer, fx.Proxy)
+                    and is_data(buffer.node, True)
+                    and not _changes_in_place(buffer.node, name)
+                ):
                     found[module, name] = buffers.values.get(name, _MISSING)
         return found
 
@@ -220,11 +224,12 @@ def _is_moved(held: Mapping[str, Any], name: str, snapshot: _Snapshot) -> bool:
     return (type(value) in (list, dict) and not _is_same(value, before)) or any(True for _ in _proxies(value))
 
 
-def _is_state(value: Any, is_data: Callable[[fx.Node], bool]) -> bool:
+def _is_state(value: Any, is_data: Callable[[fx.Node, bool], bool]) -> bool:
     """Whether what forward has put there is more than what the sizes of its inputs, or nothing at all, decide."""
     proxies = list(_proxies(value))
     if proxies:
-        return any(is_data(proxy.node) for proxy in proxies)
+        # A dictionary of what parameters give is a cache, which a graph computes anew.
+        return any(is_data(proxy.node, not isinstance(value, dict)) for proxy in proxies)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
     return all(isinstance(item, _PLAIN) for item in items)
 

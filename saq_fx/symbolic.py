@@ -132,14 +132,18 @@ class SymbolicTracer(fx.Tracer):
             raise TracingError("forward computes gradients, which no graph does")
         return node
 
-    def _depends_on_data(self, node: fx.Node) -> bool:
-        """Whether a value depends on parameters, or on more of the inputs than their sizes."""
+    def _depends_on_data(self, node: fx.Node, or_parameters: bool) -> bool:
+        """Whether a value depends on more of the inputs than their sizes, or on parameters if these count too."""
         pending, seen = [node], {node}
         while pending:
             each = pending.pop()
             if each.op in ("placeholder", "call_module"):
                 return True
-            if each.op == "get_attr" and isinstance(_attribute(self.root, str(each.target)), nn.Parameter):
+            if (
+                or_parameters
+                and each.op == "get_attr"
+                and isinstance(_attribute(self.root, str(each.target)), nn.Parameter)
+            ):
                 return True
             if not reads_shape_only(each):
                 pending.extend(source for source in each.all_input_nodes if source not in seen)

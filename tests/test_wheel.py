@@ -1,5 +1,6 @@
 """The distributions: built as a release is, opened, and compared with the source."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,8 +17,10 @@ PASSES = {f"saq_fx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py"
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist of the working tree and the wheel built from that sdist."""
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    # From a copy: a build writes into its source, and another process of the tests may be building too.
+    source, folder = tmp_path_factory.mktemp("source") / "saq_fx", tmp_path_factory.mktemp("dist")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist"))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder

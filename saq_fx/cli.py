@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def _app() -> "typer.Typer":
+    """The commands; made in here since typer, which reads their arguments off them, is an extra."""
     try:
         import typer
     except ImportError as error:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from saq_fx.operation_names import is_in_place
+from saq_fx.operation_names import writes_first
 
 # What is random, by the names of functions and methods.
 _RANDOM = {
@@ -45,11 +45,6 @@ def has_effects(node: fx.Node) -> bool:
 def is_random(node: fx.Node) -> bool:
     """Whether a function or a method draws random numbers."""
     return node.op in ("call_function", "call_method") and _name(node.target) in _RANDOM
-
-
-def writes_first(node: fx.Node) -> bool:
-    """Whether a function or a method writes into its first argument."""
-    return is_in_place(node) or bool(node.kwargs.get("inplace"))
 
 
 def follows_mode(module: nn.Module) -> bool:

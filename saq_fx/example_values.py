@@ -10,10 +10,11 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saq_fx.dataflow import reads_shape_only
-from saq_fx.effects import is_random, writes_first
+from saq_fx.effects import is_random
 from saq_fx.graph import call_arguments
 from saq_fx.modes import is_flag
 from saq_fx.nested import cloned
+from saq_fx.operation_names import writes_first
 from saq_fx.runtime import switch_autocast
 from saq_fx.state import unmoved
 
@@ -133,15 +134,15 @@ class ExampleValues:
             return False
         module = self._tracer.root.get_submodule(str(node.target))
         with (
-            _evaluation_flags(module),
+            evaluation_flags(module),
             nullcontext() if type(module).__module__.startswith("torch.nn.") else unmoved(module),
         ):
             return module(*args, **kwargs)
 
 
 @contextmanager
-def _evaluation_flags(module: nn.Module) -> Iterator[None]:
-    """Within: a leaf's flags say evaluation, so that no running statistic moves while tracing."""
+def evaluation_flags(module: nn.Module) -> Iterator[None]:
+    """Within: the flags of a module say evaluation, so that no running statistic moves while tracing."""
     saved = {each: each.__dict__["training"] for each in module.modules()}
     for each in saved:
         each.__dict__["training"] = False

@@ -1,15 +1,13 @@
 """Which nodes of a graph write to values in place, and which values share their memory."""
 
-import inspect
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 import networkx as nx
 from torch import fx, nn
 
 from saq_fx.dataflow import tensor_at
-from saq_fx.operation_names import is_in_place, operation_name
+from saq_fx.operation_names import operation_name, writes_first
 from saq_fx.operators import operator_of
 
 # Some of what may return a view of what it was given.
@@ -41,7 +39,7 @@ def written_by(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     written = nodes_in(node.kwargs["out"]) if "out" in node.kwargs else []
-    if is_in_place(node) or _asks_for_in_place(node):
+    if writes_first(node):
         first: Any = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
         written += nodes_in(first)
     return written
@@ -52,24 +50,6 @@ def nodes_in(value: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(value, found.append)
     return found
-
-
-def _asks_for_in_place(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return False
-    if "inplace" in node.kwargs:
-        return node.kwargs["inplace"] is not False
-    position = _position_of_in_place(node.target)
-    return position is not None and position < len(node.args) and node.args[position] is not False
-
-
-@lru_cache(4096)
-def _position_of_in_place(function: Any) -> int | None:
-    try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # torch's built-in functions; none has such an argument
-        return None
-    return names.index("inplace") if "inplace" in names else None
 
 
 def written_parameters(gm: nn.Module) -> list[nn.Parameter]:

@@ -1,6 +1,7 @@
 """What an operation is called, whichever way it is called: `torch.add`, `+`, `x.add_` and `aten.add` are all "add"."""
 
 import builtins
+import inspect
 from functools import lru_cache
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 _OWN = ("torch", "_operator", "saq_fx")
 _NAMESPACES = ("linalg_", "fft_", "special_", "_sparse_", "sparse_")
-_AUGMENTED = {
+AUGMENTED = {
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift",
     "irshift",
 }  # fmt: skip
@@ -29,6 +30,11 @@ def is_in_place(node: fx.Node) -> bool:
     return _described(node.target)[1] if node.op in ("call_function", "call_method") else False
 
 
+def writes_first(node: fx.Node) -> bool:
+    """Whether a node writes to its first argument, by the form of the operation or by `inplace=True`."""
+    return is_in_place(node) or _asks_for_in_place(node)
+
+
 def function_name(function: Any) -> str:
     """The same of a function or a method."""
     return _described(function)[0]
@@ -43,7 +49,7 @@ def _described(target: Any) -> tuple[str, bool]:
         name = name.removeprefix(namespace)
     if name in ("setitem", "delitem"):
         return name, True
-    if name in _AUGMENTED:
+    if name in AUGMENTED:
         return name[1:], True
     return name.removesuffix("_"), name.endswith("_") and name not in _WRITES_NO_VALUES
 
@@ -58,3 +64,21 @@ def _plain_name(target: Any) -> str:
     module = getattr(target, "__module__", None) or "torch"
     known = module.split(".")[0] in _OWN or module == builtins.__name__
     return str(getattr(target, "__name__", "")) if known else ""
+
+
+def _asks_for_in_place(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    position = _position_of_in_place(node.target)
+    return position is not None and position < len(node.args) and node.args[position] is not False
+
+
+@lru_cache(4096)
+def _position_of_in_place(function: Any) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # torch's built-in functions; none has such an argument
+        return None
+    return names.index("inplace") if "inplace" in names else None

@@ -9,6 +9,7 @@ from torch import fx
 from torch.fx import _symbolic_trace
 
 from saq_fx.errors import TracingError
+from saq_fx.operation_names import AUGMENTED
 
 
 class TrainingMarker(int):
@@ -97,7 +98,6 @@ def _augmented(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
     return lambda value, other: value.tracer.create_proxy("call_function", function, (value, other), {})
 
 
-_AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
-IN_PLACE_OPERATORS = {f"__{name}__" for name in _AUGMENTED}
-for _name in _AUGMENTED:
+IN_PLACE_OPERATORS = {f"__{name}__" for name in AUGMENTED}
+for _name in AUGMENTED:
     setattr(GuardedProxy, f"__{_name}__", _augmented(getattr(operator, _name)))

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
-from saq_fx.proxies import IN_PLACE_OPERATORS
+from saq_fx.operation_names import is_in_place
 from saq_fx.sharpness import preserve_buffers
 
 Kept = dict[tuple[nn.Module, str], Any]
@@ -247,8 +247,6 @@ def _proxies(value: Any) -> Iterator[fx.Proxy]:
 
 def _changes_in_place(node: fx.Node, name: str) -> bool:
     """Whether a node is the buffer of that name still, changed in place (`self.count += 1`)."""
-    while node.op == "call_function" and f"__{getattr(node.target, '__name__', '')}__" in IN_PLACE_OPERATORS:
-        node = node.args[0]  # type: ignore[assignment]
-    while node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+    while is_in_place(node):
         node = node.args[0]  # type: ignore[assignment]
     return node.op == "get_attr" and str(node.target).rpartition(".")[2] == name

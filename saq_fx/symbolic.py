@@ -21,6 +21,7 @@ from saq_fx.bytecode import multiplies
 from saq_fx.dataflow import reads_shape_only
 from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
+from saq_fx.graph import attribute_at
 from saq_fx.modes import flag_path
 from saq_fx.patching import patched
 from saq_fx.proxies import GuardedProxy, TrainingMarker
@@ -142,7 +143,7 @@ class SymbolicTracer(fx.Tracer):
             if (
                 or_parameters
                 and each.op == "get_attr"
-                and isinstance(_attribute(self.root, str(each.target)), nn.Parameter)
+                and isinstance(attribute_at(self.root, str(each.target)), nn.Parameter)
             ):
                 return True
             if not reads_shape_only(each):
@@ -325,11 +326,6 @@ class SymbolicTracer(fx.Tracer):
             placeholder = self.create_proxy("placeholder", name, (default,), {})
             self.create_node("call_function", require_default, (placeholder.node, default, name), {})
         return None
-
-
-def _attribute(root: nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(owner), name)
 
 
 def _is_without_gradient(value: Any) -> bool:

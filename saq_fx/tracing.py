@@ -20,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError
+from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
 from saq_fx.nested import cloned
@@ -137,15 +138,8 @@ def _arguments(model: nn.Module, inputs: Inputs | None) -> _Arguments:
 
 def _call_once(model: nn.Module, inputs: Inputs) -> None:
     args, kwargs = cloned(inputs)
-    markers = {module: module.training for module in model.modules()}
-    try:
-        for module in markers:
-            module.__dict__["training"] = False
-        with torch.no_grad(), torch.random.fork_rng(), preserve_buffers(model):
-            model(*args, **kwargs)
-    finally:
-        for module, marker in markers.items():
-            module.__dict__["training"] = marker
+    with evaluation_flags(model), torch.no_grad(), torch.random.fork_rng(), preserve_buffers(model):
+        model(*args, **kwargs)
 
 
 def modes_of(model: nn.Module) -> dict[bool, dict[nn.Module, bool]]:

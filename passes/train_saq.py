@@ -60,7 +60,7 @@ class TrainSaq(Pass):
     Args:
         batches: (inputs, targets), iterated once an epoch: a `DataLoader`, which several processes share out, or a
             list. Inputs are as for `example_inputs`.
-        loss_fn: of outputs and targets, the mean loss.
+        loss_fn: of outputs and targets, the mean loss, or that of each sample: see `second_pass_fraction` of `SAQ`.
         recipe: schedule, optimizer and the settings of SAQ.
         teacher: the float model to distil from, if the recipe asks for it; it is left in evaluation mode. Its outputs
             and the graph's are logits, (samples, classes, ...).

@@ -12,22 +12,24 @@ from saq_fx.errors import TrainingError
 
 
 class Chunk(NamedTuple):
-    """A part of a batch: its loss in the first pass and in the second, and its share of the samples."""
+    """A part of a batch: its loss in the first pass and, given that one, in the second; its share of the samples."""
 
     first: Callable[[], Tensor]
-    second: Callable[[], Tensor]
+    second: Callable[[Tensor], Tensor]
     share: float
 
 
 def cut(closure: Callable[..., Tensor], batch: tuple[Any, ...], size: int | None, fraction: float) -> list[Chunk]:
-    """A batch in chunks of `size` samples (None: one), the second pass on the first `fraction` of each.
+    """A batch in chunks of `size` samples (None: one), the second pass on a `fraction` of each.
+
+    Which samples these are, the losses of the first pass say: those of the largest loss where the closure returns one
+    for each sample, as the efficient SAM chooses them (ESAM, ICLR 2022), else the first ones.
 
     Raises:
-        TrainingError: there is something to cut, and no batch.
+        TrainingError: there is something to cut, and no batch; the losses are not of the batch's samples.
     """
-    whole = partial(closure, *batch)
     if size is None and fraction == 1:
-        return [Chunk(whole, whole, 1.0)]
+        return [Chunk(partial(closure, *batch), lambda _: closure(*batch), 1.0)]
     if not batch:
         raise TrainingError(
             "chunk_size and second_pass_fraction cut the batch, which step() therefore needs: "
@@ -38,7 +40,7 @@ def cut(closure: Callable[..., Tensor], batch: tuple[Any, ...], size: int | None
         raise TrainingError("the batch has no samples")
     parts = [_part(batch, start, start + (size or total)) for start in range(0, total, size or total)]
     return [
-        Chunk(partial(closure, *part), partial(closure, *_first(part, fraction)), batch_size(part) / total)
+        Chunk(partial(closure, *part), partial(_on_some, closure, part, fraction), batch_size(part) / total)
         for part in parts
     ]
 
@@ -65,9 +67,22 @@ def batch_size(batch: Any) -> int:
     return int(shapes[0][0])
 
 
-def _first(batch: Any, fraction: float) -> Any:
-    # Rounded first, since 0.07 * 100 is a little more than 7.
-    return _part(batch, 0, math.ceil(round(fraction * batch_size(batch), 9)))
+def _on_some(closure: Callable[..., Tensor], batch: tuple[Any, ...], fraction: float, losses: Tensor) -> Tensor:
+    """The loss of a fraction of the samples, given the losses of all."""
+    total = batch_size(batch)
+    count = math.ceil(round(fraction * total, 9))  # rounded, since 0.07 * 100 is a little more than 7
+    if count == total:
+        return closure(*batch)
+    if not losses.dim():
+        return closure(*_part(batch, 0, count))
+    if len(losses) != total:
+        raise TrainingError(
+            f"the closure returned {len(losses)} losses for a batch of {total} samples: return one each"
+        )
+    hardest = losses.topk(count).indices.sort().values
+    return closure(
+        *pytree.tree_map(lambda leaf: leaf[hardest.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, batch)
+    )
 
 
 def _part(batch: Any, start: int, end: int) -> Any:

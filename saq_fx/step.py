@@ -17,6 +17,8 @@ PERTURBABLE = ("bias", "norm", "clipping")
 class StepStatistics:
     """What one step saw; losses are 0-d tensors, means over the batch and over data-parallel workers.
 
+    `perturbed_loss` is that of the samples of the second pass, which may be those of the largest losses.
+
     `cosine` is that of the two gradients g and g_s, `perturbed_gradient_norm` is ||g_s||. `moved_share` is the share of
     quantized weights that the perturbation moved to another level, in case 2, where rounding can swallow it. These
     are None where no second pass ran; `cosine` also where a gradient is zero.

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -71,7 +72,8 @@ class SAQ(Optimizer):
         adaptive: perturb every value v in proportion to its size, by `rho v**2 g / ||v g||` (ASAM, ICML 2021).
         chunk_size: samples per forward pass; the batch is cut into chunks whose gradients are accumulated, each
             perturbed by its own (m-sharpness, SAQ Sec. 5, with m = chunk_size).
-        second_pass_fraction: share of the samples, the first ones, on which the second pass runs.
+        second_pass_fraction: share of the samples on which the second pass runs: those of the largest losses if the
+            closure returns one for each, which costs less accuracy, else the first ones.
         max_gradient_norm: what the base optimizer receives is clipped to this norm.
         grad_scaler: scales the losses of float16 autocast; SAQ scales, unscales and updates it.
 
@@ -180,7 +182,8 @@ class SAQ(Optimizer):
         `skipped_steps`.
 
         Args:
-            closure: computes the mean loss, a 0-d tensor; it neither zeroes gradients nor calls backward.
+            closure: computes the mean loss, a 0-d tensor, or the loss of each sample, (samples,), of which the mean is
+                taken; it neither zeroes gradients nor calls backward.
             batch: what the closure is called with: tensors, in any nesting, with the samples along their first axis.
                 Needed where the batch is cut (`chunk_size`, `second_pass_fraction`).
 
@@ -224,15 +227,16 @@ class SAQ(Optimizer):
         return 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
 
     def _backward(self, closure: Callable[[], Tensor], factor: float) -> Tensor:
-        """Adds the gradients of `factor` times the loss to those of the parameters, and returns the loss."""
+        """Adds the gradients of `factor` times the mean loss to those of the parameters, and returns the loss."""
         with torch.enable_grad():
             loss = closure()
-            if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
+            if not (isinstance(loss, Tensor) and loss.dim() <= 1 and loss.numel() and loss.requires_grad):
                 raise TrainingError(
-                    "the closure must return the loss, a 0-d tensor that depends on trainable parameters; "
-                    f"it returned {loss!r:.100}"
+                    "the closure must return the mean loss, a 0-d tensor, or the loss of each sample, (samples,), that "
+                    f"depends on trainable parameters; it returned {loss!r:.100}"
                 )
-            scaled = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+            mean = loss.mean()
+            scaled = mean if self.grad_scaler is None else self.grad_scaler.scale(mean)
             scaled.backward(torch.full_like(scaled, factor))  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -258,7 +262,7 @@ class SAQ(Optimizer):
         losses = []
         for index, part in enumerate(parts, 1):
             with nullcontext() if index == len(parts) else self._workers.unsynchronized():
-                losses.append(part.share * self._backward(part.first, factor * part.share))
+                losses.append(part.share * self._backward(part.first, factor * part.share).mean())
         loss = torch.stack(losses).sum()
         self._workers.average([loss])
         parameters = self._with_gradient()
@@ -289,7 +293,8 @@ class SAQ(Optimizer):
             with self._workers.unsynchronized(), zero_deltas(self._weights, self._leaves()) as leaves:
                 random_state = RandomState(self._kinds)
                 self.zero_grad()
-                loss = self._backward(part.first, part.share)
+                each_loss = self._backward(part.first, part.share)
+                loss = each_loss.mean()
                 parameters = self._with_gradient()
                 ascent = self._ascent(parameters, leaves)
                 if not self._workers.all_agree(_all_finite(ascent.norm, loss), loss.device):
@@ -300,7 +305,7 @@ class SAQ(Optimizer):
                 with ascent.climbed(self.rho), preserve_buffers(self._module), random_state.replay():
                     moved = moved_share(before, self._weight_codes())
                     self.zero_grad()
-                    perturbed_loss = self._backward(part.second, part.share)
+                    perturbed_loss = self._backward(partial(part.second, each_loss), part.share).mean()
             if len(parts) > 1:
                 _add(sharp, parameters, {}, keep=lasting)
             losses.append(part.share * loss)

@@ -57,9 +57,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(6, 1, 7, 7, dtype=torch.float64), torch.randint(3, (6,))
 
 
-def loss_of(logits: Tensor, y: Tensor) -> Tensor:
+def loss_of(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
     """So small that steps of learning rate 1 keep clipping levels positive."""
-    return 0.05 * F.cross_entropy(logits, y)
+    return 0.05 * F.cross_entropy(logits, y, reduction=reduction)
 
 
 def prepared(precision: str | None = f"W{BITS}A{BITS}") -> SaqGraphModule:
@@ -132,7 +132,7 @@ class Reference:
             return "norm"
         return "bias" if name.endswith("bias") else "weight"
 
-    def loss(self, data: tuple[Tensor, Tensor], delta: Values | None = None) -> Tensor:
+    def loss(self, data: tuple[Tensor, Tensor], delta: Values | None = None, reduction: str = "mean") -> Tensor:
         delta = delta or {}
         v = {name: p + delta[name] if name in self.others and delta else p for name, p in self.values.items()}
         self.quantized = {}
@@ -167,7 +167,7 @@ class Reference:
         scores = signed(q, "matmul.input_quantizer") @ signed(k.transpose(1, 2), "matmul.other_quantizer")
         probabilities = quantize_unsigned(scores.softmax(-1), v["matmul_1.input_quantizer.clipping_level"])
         x = x + probabilities @ signed(value, "matmul_1.other_quantizer")
-        return loss_of(linear(x.mean(1), "head"), y)
+        return loss_of(linear(x.mean(1), "head"), y, reduction)
 
     def gradients(self, data: tuple[Tensor, Tensor], delta: Values | None = None) -> list[Tensor]:
         values = [self.values[name] for name in self.trained]
@@ -183,21 +183,26 @@ class Reference:
         names = self.weights + self.others
         return {name: RHO * t**2 * g / norm for name, t, g in zip(names, size, gradients, strict=True)}
 
-    def perturbed_gradients(self, parts: Collection[tuple[Tensor, Tensor]], fraction: float = 1.0) -> list[Tensor]:
-        """The mean over parts of equal size, each perturbed by its own gradient, of g_s on its first samples."""
+    def perturbed_gradients(
+        self, parts: Collection[tuple[Tensor, Tensor]], fraction: float = 1.0, hardest: bool = False
+    ) -> list[Tensor]:
+        """The mean over parts of equal size, each perturbed by its own gradient, of g_s on some of its samples."""
         each = []
         for x, y in parts:
-            end = math.ceil(fraction * len(x))
-            each.append(self.gradients((x[:end], y[:end]), self.perturbation((x, y))))
+            order = (-self.loss((x, y), reduction="none")).argsort() if hardest else torch.arange(len(x))
+            some = order[: math.ceil(fraction * len(x))]
+            each.append(self.gradients((x[some], y[some]), self.perturbation((x, y))))
         return mean_gradients(each)
 
-    def step(self, data: tuple[Tensor, Tensor], chunk: int | None = None, fraction: float = 1.0) -> None:
+    def step(
+        self, data: tuple[Tensor, Tensor], chunk: int | None = None, fraction: float = 1.0, hardest: bool = False
+    ) -> None:
         self.steps += 1
         x, y = data
         parts = list(zip(x.split(chunk or len(x)), y.split(chunk or len(x)), strict=True))
         g = mean_gradients([self.gradients(part) for part in parts])
         if self.steps % self.period == 0:
-            g_s = self.perturbed_gradients(parts, fraction)
+            g_s = self.perturbed_gradients(parts, fraction, hardest)
             share = (flat(g_s) @ flat(g)) / (flat(g) @ flat(g))
             self.g_v = [s - share * v for s, v in zip(g_s, g, strict=True)]
         elif self.g_v is None:
@@ -271,14 +276,15 @@ def test_adaptive_perturbations_equal_the_reference(case: int) -> None:
 
 @pytest.mark.parametrize(("chunk", "fraction"), [(2, 1.0), (3, 0.5), (None, 0.5), (1, 1.0)])
 @pytest.mark.parametrize("period", [1, 2])
-def test_cut_batches_equal_the_reference(period: int, chunk: int | None, fraction: float) -> None:
-    """Chunks perturb by their own gradients (m-sharpness); the second pass sees the first samples of each."""
+@pytest.mark.parametrize("hardest", [False, True])
+def test_cut_batches_equal_the_reference(hardest: bool, period: int, chunk: int | None, fraction: float) -> None:
+    """Chunks perturb by their own gradients (m-sharpness); the second pass sees the first or the hardest samples."""
     gm, data = prepared(), [batch() for _ in range(3)]
     reference = Reference(gm, period=period)
     opt = sgd(gm, period=period, chunk_size=chunk, second_pass_fraction=fraction)
     for x, y in data:
-        opt.step(lambda x, y: loss_of(gm(x), y), x, y)
-        reference.step((x, y), chunk, fraction)
+        opt.step(lambda x, y: loss_of(gm(x), y, "none" if hardest else "mean"), x, y)
+        reference.step((x, y), chunk, fraction, hardest)
     assert_same(gm, reference.values)
 
 
@@ -750,7 +756,7 @@ def test_misuse_is_named() -> None:
     with pytest.raises(TrainingError, match=r"parameter 0 .* of shape \(2, 2\), is not in the module"):
         SAQ(copy.deepcopy(net), torch.optim.SGD(net.parameters(), 0.1))
     opt = SAQ(net, torch.optim.SGD(net.parameters(), 0.1))
-    with pytest.raises(TrainingError, match="closure must return the loss"):
+    with pytest.raises(TrainingError, match="closure must return the mean loss"):
         opt.step(lambda: torch.zeros(()))
     with pytest.raises(TrainingError, match="no parameter of the optimizer got a gradient"):
         opt.step(lambda: torch.zeros((), requires_grad=True))

@@ -34,9 +34,9 @@ STEPS = 8  # per turn: two periods
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain QAT": {"losses": "vanilla"},
     "period 4": {"period": 4},
-    "period 4, second pass on half": {"period": 4, "second_pass_fraction": 0.5},
-    "period 4, second pass on a third": {"period": 4, "second_pass_fraction": 1 / 3},
-    "period 4, second pass on a quarter": {"period": 4, "second_pass_fraction": 0.25},
+    "period 4, second pass on the hardest half": {"period": 4, "second_pass_fraction": 0.5},
+    "period 4, second pass on the hardest third": {"period": 4, "second_pass_fraction": 1 / 3},
+    "period 4, second pass on the hardest quarter": {"period": 4, "second_pass_fraction": 0.25},
     "every step": {"period": 1},
 }
 
@@ -81,7 +81,7 @@ def measure(
 
         def loss(x: Tensor, y: Tensor, forward: Any = forward, context: Any = context) -> Tensor:
             with context:
-                return F.cross_entropy(forward(x), y)
+                return F.cross_entropy(forward(x), y, reduction="none")
 
         steps[name] = lambda optimizer=optimizer, loss=loss: optimizer.step(loss, x, y)  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in SETTINGS}

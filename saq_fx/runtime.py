@@ -28,12 +28,12 @@ CONCRETE: dict[str, Callable[[Any], Any]] = {"bool": bool, "len": len, "int": in
 """What Python may ask of a symbolic value, by the names that guards have for it."""
 
 
-def require_same_path(value: Any, kind: str, expected: Any) -> None:
+def require_same_path(value: Any, kind: str, expected: Any, place: str) -> None:
     """Rejects inputs for which the model would take another path than it took on the example inputs."""
     actual = CONCRETE[kind](value)
     if actual != expected:
         raise TracingError(
-            f"these inputs take another path through the model than the example inputs did: {kind} is "
+            f"these inputs take another path through the model than the example inputs did, at {place}: {kind} is "
             f"{actual}, it was {expected}. Prepare the model with example inputs of this kind"
         )
 

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import operator
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -36,6 +37,8 @@ from saq_fx.runtime import (
 )
 from saq_fx.scopes import GradientFlow
 from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance
+
+_LIBRARIES = (torch.__path__[0], os.path.dirname(__file__))
 
 
 class SymbolicTracer(fx.Tracer):
@@ -236,8 +239,12 @@ class SymbolicTracer(fx.Tracer):
         if self._examples.is_computed(obj.node, kind):
             raise TracingError(f"control flow depends on {kind}({obj.node}), which the network computes")
         expected = CONCRETE[kind](value)
-        self.create_node("call_function", require_same_path, (obj.node, kind, expected), {})
+        self._guard(obj.node, kind, expected)
         return expected
+
+    def _guard(self, node: fx.Node, kind: str, expected: Any) -> None:
+        place = f"{self.scope.module_path or type(self.root).__name__}, {_line_of_user()}"
+        self.create_node("call_function", require_same_path, (node, kind, expected, place), {})
 
     def index(self, obj: fx.Proxy, frame: FrameType) -> int:
         """The int of a proxy, guarded, which code in that frame asks for."""
@@ -269,7 +276,7 @@ class SymbolicTracer(fx.Tracer):
             raise TracingError(f"control flow depends on the type of {obj.node}: pass example_inputs to decide it")
         value = self.example(obj)
         if self._examples.may_change_type(obj.node):
-            self.create_node("call_function", require_same_path, (obj.node, "type", CONCRETE["type"](value)), {})
+            self._guard(obj.node, "type", CONCRETE["type"](value))
         return value
 
     def example(self, obj: fx.Proxy) -> Any:
@@ -352,10 +359,17 @@ def place_and_cause(error: BaseException) -> str:
     return f"{_source_line(error)}: {cause}"
 
 
+def _line_of_user() -> str:
+    """The file and line of the code that is running, past torch's and the tracer's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return "no source line" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
 def _source_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    libraries = (torch.__path__[0], os.path.dirname(__file__))
-    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
     if not own:
         return "no source line"
     return f"{own[-1].filename}:{own[-1].lineno} `{own[-1].line}`"

@@ -1,10 +1,11 @@
 """Searched, uniform, random and sensitivity policies at equal BitOps on handwritten digits, and their transfer.
 
-The test bed is `SmallMobileNet` on few training images; how much random policies of equal BitOps differ on it, and how
-much seeds do, is in the table.
+The test bed is a `SmallMobileNet` so narrow that bits matter (bottlenecks of four channels), searched and trained for a
+few epochs from a network trained in float; how much random policies of equal BitOps differ on it, and how much seeds
+do, is in the table.
 Every run is written to the JSON file as soon as it is done, and is not done again: an interrupted run goes on.
 
-`python tools/reproduce_asga.py [--out FILE] [--table FILE] [--seeds 5] [--epochs 30] [--parts policies transfer]`
+`python tools/reproduce_asga.py [--out FILE] [--table FILE] [--seeds 5] [--parts policies transfer]`
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saq_fx.baselines import measure_sensitivity
+from saq_fx.baselines import draw_random, measure_sensitivity
 from saq_fx.cost import cost_table
 from saq_fx.data import Images, accuracy, digits
 from saq_fx.demo import train_float, train_quantized
@@ -38,6 +39,8 @@ from saq_fx.search_result import SearchResult
 from saq_fx.sharpness import curvature, surrogate_gap
 
 BATCH = 50
+WIDTH, IMAGES = 4, 1000
+FLOAT_EPOCHS, EPOCHS = 30, 8
 RADIUS = 0.3  # of h and sigma, with respect to the quantized weights
 UNIFORM = {"low": ("W2A3", "W3A2"), "middle": ("W3A3",), "high": ("W3A4", "W4A3")}
 """Budgets: the BitOps of these policies."""
@@ -50,18 +53,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """Images to train and to test on, an untrained network for them, and how long to train."""
+    """Images to train and to test on, and how many classes a network for them tells apart."""
 
     training: Images
     test: Images
-    make: Callable[[], nn.Module]
-    epochs: int
+    classes: int = 10
 
     def float_model(self, seed: int) -> nn.Module:
         """A network trained in float."""
         torch.manual_seed(seed)
-        model = self.make()
-        train_float(model, self.training, self.epochs, seed)
+        model = SmallMobileNet(WIDTH, self.classes)
+        train_float(model, self.training, FLOAT_EPOCHS, seed)
         return model
 
     def prepared(self, model: nn.Module) -> SaqGraphModule:
@@ -78,7 +80,7 @@ class Task:
         torch.manual_seed(seed)
         start = time.perf_counter()
         found = search_precision(
-            self.prepared(model), batches, F.cross_entropy, budget=budget, steps=self.epochs * len(batches), **settings
+            self.prepared(model), batches, F.cross_entropy, budget=budget, steps=EPOCHS * len(batches), **settings
         )
         return found, time.perf_counter() - start
 
@@ -86,7 +88,7 @@ class Task:
         """Accuracy in percent after SAQ training, BitOps, and sharpness on the training images."""
         gm = prepare_saq(model, example_inputs=self.training.x[:128], precision=policy)
         torch.manual_seed(seed)
-        train_quantized(gm, self.training, self.epochs, seed, "")
+        train_quantized(gm, self.training, EPOCHS, seed, "")
         costs = cost_table(gm)
         row = {"accuracy": accuracy(gm, self.test.batches(256)), "bitops": costs.total_bitops(costs.assigned)}
         with zero_deltas(perturbed_weights(gm)) as leaves:
@@ -128,16 +130,10 @@ class Lazy:
         return self.models[seed]
 
 
-def random_policies(task: Task, budget: Budget, count: int) -> list[Policy]:
-    """The allocations under the budget that random scores make; the same ones at every call."""
-    rng = np.random.default_rng(0)
-    some = task.batches(0)[:1]
-    unscored = measure_sensitivity(task.prepared(task.make()), some, F.cross_entropy, budget=budget)
-    policies = []
-    for _ in range(count):
-        drawn = (replace(each, scores=tuple(rng.normal(size=len(each.scores)).tolist())) for each in unscored.choices)
-        policies.append(replace(unscored, choices=tuple(drawn)).policy_for(budget))
-    return policies
+def random_policies(task: Task, model: nn.Module, budget: Budget, count: int) -> list[Policy]:
+    """Allocations under the budget; the same ones at every call."""
+    gm = task.prepared(model)
+    return [draw_random(gm, budget=budget, seed=seed).policy for seed in range(count)]
 
 
 def bitops(task: Task, model: nn.Module, precision: str) -> Budget:
@@ -159,7 +155,7 @@ def compare_policies(runs: Runs, task: Task, seeds: int) -> None:
             for name, settings in ABLATIONS.items():
                 runs.row(f"{level}/{name}/{seed}", by_search, task, model, seed, budget, settings)
             if seed < RANDOM_SEEDS:
-                for index, policy in enumerate(random_policies(task, budget, RANDOM_POLICIES)):
+                for index, policy in enumerate(random_policies(task, model, budget, RANDOM_POLICIES)):
                     runs.row(f"{level}/random {index}/{seed}", task.trained, model, policy, seed)
 
 
@@ -183,12 +179,12 @@ def by_search(task: Task, model: nn.Module, seed: int, budget: Budget, settings:
     }
 
 
-def proxy_and_target(epochs: int) -> tuple[Task, Task]:
+def proxy_and_target() -> tuple[Task, Task]:
     """Digits 0 to 4 as they are; digits 5 to 9 at twice the size, for a network with another head."""
-    training, test = digits(300)
+    training, test = digits(IMAGES)
     low, high = (tuple(of_digits(each, wanted) for each in (training, test)) for wanted in (range(5), range(5, 10)))
     larger = tuple(Images(F.interpolate(each.x, scale_factor=2, mode="bilinear"), each.y) for each in high)
-    return Task(*low, lambda: SmallMobileNet(classes=5), epochs), Task(*larger, SmallMobileNet, epochs)
+    return Task(*low, classes=5), Task(*larger)
 
 
 def of_digits(images: Images, wanted: range) -> Images:
@@ -207,7 +203,7 @@ def transfer(runs: Runs, proxy: Task, target: Task, seeds: int) -> None:
         runs.row(f"transfer/target/{seed}", by_search, target, of_target[seed], seed, budget, {})
         runs.row(f"transfer/uniform/{seed}", target.trained, of_target[seed], Policy.uniform(precision), seed)
     budget = bitops(target, of_target[0], precision)
-    for index, policy in enumerate(random_policies(target, budget, TRANSFER_POLICIES)):
+    for index, policy in enumerate(random_policies(target, of_target[0], budget, TRANSFER_POLICIES)):
         runs.row(f"sharpness/proxy/{index}", proxy.trained, of_proxy[0], policy, 0)
         runs.row(f"sharpness/target/{index}", target.trained, of_target[0], policy, 0)
 
@@ -314,11 +310,12 @@ def report(runs: Runs, task: Task) -> str:
     """All tables as Markdown."""
     floats = [row["accuracy"] for name, row in runs.rows.items() if name.startswith("float/")]
     parts = [
-        f"Handwritten digits, {len(task.training)} training and {len(task.test)} test images, {task.epochs} epochs of "
-        f"float training, search and SAQ training each. Float: {mean_and_deviation(floats)}."
+        f"Handwritten digits, {len(task.training)} training and {len(task.test)} test images, a network of width "
+        f"{WIDTH}: {FLOAT_EPOCHS} epochs of training in float, {EPOCHS} of search and {EPOCHS} of SAQ training. "
+        f"Float: {mean_and_deviation(floats)}."
     ]
     for level, (precision, *_) in UNIFORM.items():
-        budget = bitops(task, task.make(), precision)
+        budget = bitops(task, SmallMobileNet(WIDTH), precision)
         parts += [f"## Budget: the BitOps of {precision} ({budget})", comparison(runs, level, budget.value)]
         found = spreads(runs, level)
         if found:
@@ -338,16 +335,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/asga.json"))
     parser.add_argument("--table", type=Path, default=Path("benchmarks/asga.md"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--parts", nargs="*", default=["policies", "transfer"], help="none: the table alone")
     options = parser.parse_args()
     torch.set_num_threads(1)  # tensors this small only lose by being shared out
     runs = Runs(options.out)
-    task = Task(*digits(300), SmallMobileNet, options.epochs)
+    task = Task(*digits(IMAGES))
     if "policies" in options.parts:
         compare_policies(runs, task, options.seeds)
     if "transfer" in options.parts:
-        transfer(runs, *proxy_and_target(options.epochs), options.seeds)
+        transfer(runs, *proxy_and_target(), options.seeds)
     write_whole(options.table, report(runs, task).encode())
     print(report(runs, task))
 

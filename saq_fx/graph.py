@@ -343,9 +343,14 @@ def attribute_at(module: nn.Module, path: str) -> Any:
     found: Any = module
     for name in path.split(".") if path else ():
         # Modules first: their own look-up finds them last, after an error.
-        children = getattr(found, "_modules", {})
-        found = children[name] if name in children else getattr(found, name, None)
+        children = getattr(found, "_modules", None)
+        found = children[name] if children and name in children else getattr(found, name, None)
     return found
+
+
+def called_module(gm: nn.Module, node: fx.Node) -> Any:
+    """The module that a `call_module` node calls; several times as fast as `get_submodule`."""
+    return attribute_at(gm, str(node.target))
 
 
 def unused_path(gm: nn.Module, path: str) -> str:

@@ -102,6 +102,8 @@ class SymbolicTracer(fx.Tracer):
             return False
         if super().is_leaf_module(m, module_qualified_name):
             return True
+        if isinstance(m, fx.GraphModule):
+            return False
         forward = type(m).forward
         is_parameterless = not any(True for _ in m.parameters())
         return is_parameterless and "training" in forward.__code__.co_names and not multiplies(forward, type(m))

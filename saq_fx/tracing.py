@@ -57,7 +57,6 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqG
         gm = SaqGraphModule(model, model.graph)
         copy_record(model, gm)
         update_record(gm, tracing="given graph")
-        gm.recompile()  # where it was prepared before, no pass may change it
         return gm
     return trace_symbolically(model, None if example_inputs is None else split_inputs(example_inputs))[0]
 

@@ -68,7 +68,8 @@ class _Observer:
             self.samples = [value.detach()]
         else:
             flat = value.detach().flatten()
-            self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_BATCH)])
+            # A copy: what follows may write to the tensor in place, and a view would keep all of it.
+            self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_BATCH)].clone())
         return value
 
     def seen(self) -> Tensor:

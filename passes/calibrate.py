@@ -14,7 +14,7 @@ from saq_fx.nested import cloned
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.quantizers import NOT_FINITE, Quantizer, initialize_all
 from saq_fx.recipe import Recipe
-from saq_fx.shapes import bind_inputs, replaced_forwards, without_trace
+from saq_fx.shapes import interpreted, replaced_forwards, without_trace
 from saq_fx.tracing import ExampleInputs, split_inputs
 
 _SAMPLES_PER_BATCH = 2**14
@@ -34,7 +34,6 @@ class Calibrate(Pass):
 
     batches: Iterable[ExampleInputs] = ()
     skip_nonfinite: bool = False
-    runs_code: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"annotations", "quantizers"})
 
     def run(self, gm: SaqGraphModule) -> PassResult:
@@ -44,10 +43,9 @@ class Calibrate(Pass):
             CalibrationError: values that are not finite; names the quantizer.
         """
         observers = {each: _Observer(path) for path, each in gm.named_modules() if isinstance(each, Quantizer)}
-        with without_trace(gm), replaced_forwards(observers):
+        with without_trace(gm), interpreted(gm), replaced_forwards(observers):
             for batch in self.batches:
                 args, kwargs = cloned(split_inputs(batch))
-                bind_inputs(gm, args, kwargs)
                 gm(*args, **kwargs)
         recipe = record_of(gm).recipe or Recipe()
         data = ((quantizer, observer.seen()) for quantizer, observer in observers.items() if observer.samples)
@@ -70,7 +68,8 @@ class _Observer:
             self.samples = [value.detach()]
         else:
             flat = value.detach().flatten()
-            self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_BATCH)])
+            # A copy: what follows may write to the tensor in place, and a view would keep all of it.
+            self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_BATCH)].clone())
         return value
 
     def seen(self) -> Tensor:

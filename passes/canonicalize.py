@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from saq_fx.attention import can_open, functional_arguments, open_functional_attention, open_multihead_attention
-from saq_fx.graph import SaqGraphModule, attribute_at, graphs
+from saq_fx.graph import SaqGraphModule, attribute_at, called_module, graphs
 from saq_fx.modes import add_training_flag, flag_path
 from saq_fx.operators import operator_named, operator_of
 from saq_fx.pass_base import Pass, PassResult
@@ -59,7 +59,7 @@ def _rewrite_graph(gm: SaqGraphModule) -> bool:
 
 
 def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
-    module: Any = attribute_at(gm, str(node.target))
+    module = called_module(gm, node)
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     kind = type(module)

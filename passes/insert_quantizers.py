@@ -8,7 +8,7 @@ from torch import fx, nn
 from saq_fx.annotation import LayerAnnotation, join_path, layer_nodes, record_of, update, update_record
 from saq_fx.dataflow import tensor_at
 from saq_fx.errors import PatternError
-from saq_fx.graph import SaqGraphModule, attribute_at, graphs, layers, unused_path
+from saq_fx.graph import SaqGraphModule, attribute_at, called_module, graphs, layers, unused_path
 from saq_fx.operators import operator_named
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import LayerKey
@@ -110,17 +110,13 @@ def _insert_second(site: _Site, scheme: str, recipe: Recipe) -> str:
 
 def _feeds_batchnorm(gm: SaqGraphModule, node: fx.Node) -> bool:
     """Whether BatchNorm, and nothing else, reads a layer's output."""
-    readers = [gm.get_submodule(str(user.target)) if user.op == "call_module" else None for user in node.users]
+    readers = [called_module(gm, user) if user.op == "call_module" else None for user in node.users]
     return bool(readers) and all(isinstance(reader, nn.modules.batchnorm._BatchNorm) for reader in readers)
 
 
 def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
     name = str(node.target).rpartition(".")[2]
-    return (
-        node.op == "call_module"
-        and "weight_quantizer" in name
-        and isinstance(gm.get_submodule(str(node.target)), Quantizer)
-    )
+    return node.op == "call_module" and "weight_quantizer" in name and isinstance(called_module(gm, node), Quantizer)
 
 
 def _activation_quantizer(site: _Site, scheme: str, signed: bool, recipe: Recipe) -> Quantizer:

@@ -21,7 +21,7 @@ def multiplies(function: Any, owner: type | None = None) -> bool:
             continue
         seen.add(current)
         for code in _codes(current.__code__):
-            if names.intersection(code.co_names) or any(map(_is_matmul, dis.get_instructions(code))):
+            if names.intersection(code.co_names) or not _PRODUCTS.isdisjoint(_instructions(code)):
                 return True
             pending += [current.__globals__.get(name) or getattr(owner, name, None) for name in code.co_names]
     return False
@@ -35,5 +35,14 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _is_matmul(instruction: dis.Instruction) -> bool:
-    return instruction.opname == "BINARY_OP" and instruction.argrepr.startswith("@")
+def _instructions(code: CodeType) -> Iterator[tuple[int, int]]:
+    """Operations and arguments, as `dis` finds them in a hundred times the time."""
+    return zip(code.co_code[::2], code.co_code[1::2], strict=True)
+
+
+_PRODUCTS = {
+    (operation, argument)
+    for product in ("a @ b", "a @= b")
+    for operation, argument in _instructions(compile(product, "", "exec"))
+    if dis.opname[operation] == "BINARY_OP"
+}

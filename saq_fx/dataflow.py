@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from saq_fx.graph import attribute_at
+from saq_fx.graph import attribute_at, called_module
 
 _ABOUT_SHAPE = {
     "size", "dim", "numel", "nelement", "ndimension", "shape", "device", "dtype", "ndim", "is_cuda", "new_zeros",
@@ -61,7 +61,7 @@ def is_raw_input(gm: nn.Module) -> set[fx.Node]:
             raw.add(node)
         elif node.op == "call_module":
             is_fed_raw = all(each in raw for each in node.all_input_nodes)
-            if is_fed_raw and not any(True for _ in gm.get_submodule(str(node.target)).parameters()):
+            if is_fed_raw and not any(True for _ in called_module(gm, node).parameters()):
                 raw.add(node)
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
             inputs = [each for each in node.all_input_nodes if each.op != "get_attr"]

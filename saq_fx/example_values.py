@@ -142,12 +142,19 @@ class ExampleValues:
 
 @contextmanager
 def evaluation_flags(module: nn.Module) -> Iterator[None]:
-    """Within: the flags of a module say evaluation, so that no running statistic moves while tracing."""
-    saved = {each: each.__dict__["training"] for each in module.modules()}
-    for each in saved:
-        each.__dict__["training"] = False
+    """Within: the flags of a module and of all in it say evaluation, so that no running statistic moves."""
+    saved = {each: each.training for each in module.modules()}
+    _set_flags(dict.fromkeys(saved, False))
     try:
         yield
     finally:
-        for each, flag in saved.items():
-            each.__dict__["training"] = flag
+        _set_flags(saved)
+
+
+def _set_flags(flags: Mapping[nn.Module, bool]) -> None:
+    """Where they are kept, for setting an attribute of a module takes long; scripted modules keep them elsewhere."""
+    for module, flag in flags.items():
+        if "training" in vars(module):
+            vars(module)["training"] = flag
+        else:
+            module.training = flag

@@ -43,6 +43,5 @@ def from_exported(program: ExportedProgram) -> SaqGraphModule:
             # Counted in training mode only; nothing but a BatchNorm without momentum, which export unrolls, reads it.
             graph.erase_node(node)
     graph.lint()
-    gm.recompile()
     update_record(gm, tracing="given program")
     return gm.eval()

@@ -18,19 +18,30 @@ from saq_fx.errors import TracingError
 from saq_fx.precision import Precision
 
 
+class _Forward:
+    """The `forward` of a graph whose code is out of date: to ask for it, in order to call it or not, generates it."""
+
+    def __get__(self, gm: "SaqGraphModule | None", owner: type) -> Any:
+        if gm is None:
+            return self
+        for _, each in graphs(gm):  # what compiles a model finds its parts up to date
+            each.generate_code()
+        return gm.forward
+
+
 class SaqGraphModule(fx.GraphModule):
     """A traced model whose parameters, names, annotations and record survive every kind of copy.
 
     `fx.GraphModule` keeps only what its graph refers to and drops `node.meta` on pickling. This one keeps all
     parameters and buffers of the model (so that float checkpoints load) and pickles the graph itself.
 
-    A new one has no code before it is recompiled or called: passes come first, and would have it generated again.
+    Its code is generated when it is first asked for, as in torch's own lazy graph modules: passes come first, one after
+    the other, and many graphs are never run (those that a search relaxes copies of).
     """
 
-    _is_new = False
+    forward: Callable[..., Any] = _Forward()  # type: ignore[assignment]
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "SaqGraphModule") -> None:
-        vars(self)["_is_new"] = True
         super().__init__(root, graph, class_name)
         present = self.state_tensor_names()
         tensors = [
@@ -46,7 +57,6 @@ class SaqGraphModule(fx.GraphModule):
             self._keep_out_of_state(buffers - set(root.state_dict(keep_vars=True)))
         self.training = root.training
         self.register_load_state_dict_post_hook(_read_bits)  # type: ignore[no-untyped-call]
-        self._is_new = False
 
     @classmethod
     def around(cls, model: nn.Module, graph: fx.Graph) -> "SaqGraphModule":
@@ -95,7 +105,6 @@ class SaqGraphModule(fx.GraphModule):
         self._modules = {**module._modules, **added}
         vars(self)["_acts_as"] = type(module)
         self._take_class()
-        self.recompile()
 
     def _take_class(self) -> None:
         if "_acts_as" in vars(self):
@@ -107,21 +116,29 @@ class SaqGraphModule(fx.GraphModule):
             owner, _, name = path.rpartition(".")
             self.get_submodule(owner)._non_persistent_buffers_set.add(name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates the code, which replaces this method, and runs it."""
-        self.recompile()
-        return self.forward(*args, **kwargs)
+    @property
+    def code(self) -> str:
+        """The code that a call runs."""
+        self.generate_code()
+        return super().code
+
+    def __str__(self) -> str:
+        self.generate_code()
+        return super().__str__()
 
     def recompile(self) -> Any:
-        """Generates the code anew, also of a graph whose class something was put around."""
-        if self._is_new:
-            return None
-        code = super().recompile()
+        """Has the code generated anew, from the graph as it is when the code is next asked for."""
+        type(self).forward = _Forward()  # type: ignore[assignment]
+
+    def generate_code(self) -> None:
+        """Brings the code up to date, also of a graph whose class something was put around."""
+        if not isinstance(type(self).forward, _Forward):
+            return
+        super().recompile()
         outer, *bases = type(self).__mro__
         if any("_wrapped_call" in vars(base) for base in bases):
             # fully_shard put a class around fx's own: two such calls, one in the other, would never end.
             del outer.__call__, outer._wrapped_call  # type: ignore[attr-defined]
-        return code
 
     def state_tensor_names(self) -> set[str]:
         """Names of all parameters and buffers, every alias of a tied one included."""
@@ -343,9 +360,14 @@ def attribute_at(module: nn.Module, path: str) -> Any:
     found: Any = module
     for name in path.split(".") if path else ():
         # Modules first: their own look-up finds them last, after an error.
-        children = getattr(found, "_modules", {})
-        found = children[name] if name in children else getattr(found, name, None)
+        children = getattr(found, "_modules", None)
+        found = children[name] if children and name in children else getattr(found, name, None)
     return found
+
+
+def called_module(gm: nn.Module, node: fx.Node) -> Any:
+    """The module that a `call_module` node calls; several times as fast as `get_submodule`."""
+    return attribute_at(gm, str(node.target))
 
 
 def unused_path(gm: nn.Module, path: str) -> str:

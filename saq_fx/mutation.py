@@ -7,6 +7,7 @@ import networkx as nx
 from torch import fx, nn
 
 from saq_fx.dataflow import tensor_at
+from saq_fx.graph import called_module
 from saq_fx.operation_names import operation_name, writes_first
 from saq_fx.operators import operator_of
 
@@ -34,7 +35,9 @@ MAKES_NEW = {
 def written_by(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
     """The nodes whose values a node changes in place."""
     if node.op == "call_module":
-        in_place = getattr(gm.get_submodule(str(node.target)), "inplace", False)
+        module = called_module(gm, node)
+        # Not of the module itself: what a module lacks it looks for long.
+        in_place = vars(module).get("inplace", getattr(type(module), "inplace", False))
         return node.all_input_nodes if in_place is True else []
     if node.op not in ("call_function", "call_method"):
         return []
@@ -85,6 +88,6 @@ def _may_be_view_of(gm: nn.Module, node: fx.Node) -> list[fx.Node]:
     if written or node.op == "output":
         return written
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        return [] if any(True for _ in module.parameters()) else node.all_input_nodes
+        has_parameters = any(True for _ in called_module(gm, node).parameters())
+        return [] if has_parameters else node.all_input_nodes
     return [] if operation_name(node) in MAKES_NEW or operator_of(node) is not None else node.all_input_nodes

@@ -60,11 +60,10 @@ FACTS: dict[str, Callable[[SaqGraphModule], str | None]] = {
 class Pass(ABC):
     """One rewrite of the graph. A subclass states its rule, formula and source in its docstring.
 
-    Within a pipeline what was compiled may be out of date: a pass that runs the graph either interprets it
-    (`saq_fx.shapes.interpreted`) or says `runs_code`, and the pipeline compiles first.
+    A graph that a pass gets runs as the passes before it have left it. What it rewrites itself, and then runs, it
+    interprets (`saq_fx.shapes.interpreted`) or recompiles first.
     """
 
-    runs_code: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
 
@@ -108,42 +107,39 @@ class Pipeline:
     after_each: Callable[[PassTiming, fx.GraphModule], None] | None = None
 
     def run(self, gm: SaqGraphModule) -> PassResult:
-        """Runs every pass; lints and recompiles before the graph is run or seen: once, if only at the end.
+        """Runs every pass; lints before the graph is seen: once, if only at the end.
 
         Raises:
             PassError: a contract does not hold, a pass failed, or the graph is broken; names the pass and those
                 already run.
         """
         done: list[str] = []
-        modified = out_of_date = False
+        modified = False
         for each in self.passes:
             before = f"{each.name} (after {', '.join(done) or 'nothing'})"
             check_facts(gm, each.needs, f"before {before}")
-            if out_of_date and each.runs_code:
-                _recompile(gm, done)
-                out_of_date = False
             start = time.perf_counter()
             result = _run_checked(each, gm, before)
             timing = PassTiming(each.name, time.perf_counter() - start, result.modified)
             gm, modified = result.graph_module, modified or result.modified
-            out_of_date |= result.modified
             done.append(each.name)
+            if result.modified:
+                for _, part in graphs(gm):
+                    part.recompile()
             if self.after_each is not None:
-                _recompile(gm, done)
-                out_of_date = False
+                _lint(gm, done)
                 self.after_each(timing, gm)
-        if out_of_date:
-            _recompile(gm, done)
+        if modified and self.after_each is None:
+            _lint(gm, done)
         return PassResult(gm, modified)
 
 
-def _recompile(gm: SaqGraphModule, done: list[str]) -> None:
+def _lint(gm: SaqGraphModule, done: list[str]) -> None:
     for _, part in graphs(gm):
         try:
             part.graph.lint()
         except Exception as error:
             raise PassError(f"the graph is broken after {', '.join(done)}: {error}") from error
-        part.recompile()
 
 
 def _run_checked(each: Pass, gm: SaqGraphModule, description: str) -> PassResult:

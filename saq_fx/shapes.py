@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from saq_fx.annotation import Shape, record_of
 from saq_fx.errors import TracingError
-from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, graphs
+from saq_fx.example_values import evaluation_flags
+from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_module, graphs
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in
@@ -88,20 +89,8 @@ def without_trace(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Within: evaluation mode without gradients. Afterwards each submodule has the mode it had."""
-    modes = {each: each.training for each in module.modules()}
-    _set_modes(dict.fromkeys(modes, False))
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        _set_modes(modes)
-
-
-def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    """Only where they differ, for setting an attribute of a module takes long."""
-    for module, mode in modes.items():
-        if module.training != mode:
-            module.training = mode
+    with evaluation_flags(module), torch.no_grad():
+        yield
 
 
 class _Interpreter:
@@ -137,7 +126,7 @@ class _Interpreter:
             if node.op == "call_function":
                 return node.target(*args, **kwargs)  # type: ignore[operator]
             if node.op == "call_module":
-                return attribute_at(self._gm, str(node.target))(*args, **kwargs)
+                return called_module(self._gm, node)(*args, **kwargs)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return args[0]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from saq_fx.dataflow import reads_shape_only
+from saq_fx.graph import called_module
 from saq_fx.mutation import SharedMemory, nodes_in, written_by
 from saq_fx.operation_names import operation_name
 
@@ -87,7 +88,7 @@ def has_nonnegative_values(gm: nn.Module) -> set[fx.Node]:
 def _is_nonnegative(gm: nn.Module, node: fx.Node, nonnegative: set[fx.Node], assumed: Collection[fx.Node] = ()) -> bool:
     """Whether a node's value cannot be negative, given which others cannot, and those `assumed` not to be."""
     if node.op == "call_module":
-        module: Any = gm.get_submodule(str(node.target))
+        module = called_module(gm, node)
         if isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
             return bool(module.min_val >= 0)
         if isinstance(module, _NONNEGATIVE_MODULES):

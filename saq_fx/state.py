@@ -216,8 +216,10 @@ def _is_same(value: Any, before: Any) -> bool:
 
 def _is_moved(held: Mapping[str, Any], name: str, snapshot: _Snapshot) -> bool:
     """Whether forward has put a symbolic value, another number or another list there."""
+    if name in _STRUCTURE:
+        return False
     value, before = held[name], snapshot.before(name)
-    if name in _STRUCTURE or value is before:
+    if value is before:
         return False
     if isinstance(value, _PLAIN):
         return type(value) is not type(before) or value != before

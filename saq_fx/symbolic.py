@@ -1,6 +1,5 @@
 """The tracer: one recorded run of a model's forward, with example values where control flow asks for them."""
 
-import copy
 import dataclasses
 import inspect
 import operator
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
-from torch.nn.utils import parametrize
 
 from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.bytecode import multiplies
@@ -107,6 +105,8 @@ class SymbolicTracer(fx.Tracer):
             return False
         if super().is_leaf_module(m, module_qualified_name):
             return True
+        if isinstance(m, fx.GraphModule):
+            return False
         forward = type(m).forward
         is_parameterless = not any(True for _ in m.parameters())
         return is_parameterless and "training" in forward.__code__.co_names and not multiplies(forward, type(m))
@@ -187,7 +187,7 @@ class SymbolicTracer(fx.Tracer):
         if self.arguments is None or m is self.root:
             _reject_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
-        last, stack = next(reversed(self.graph.nodes), None), copy.copy(self.module_stack)
+        last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()
         try:
             _reject_backward_hooks(m)
             with nullcontext() if type(m).__module__.startswith("torch.nn.") else rejected_chance():
@@ -349,8 +349,7 @@ def _reject_backward_hooks(module: nn.Module) -> None:
 
 def has_own_call(module: nn.Module) -> bool:
     """Whether calling a module does more than its forward: hooks (as `weight_norm`'s) or parametrizations."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or parametrize.is_parametrized(module)
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "parametrizations" in module._modules
 
 
 def place_and_cause(error: BaseException) -> str:

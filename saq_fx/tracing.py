@@ -57,7 +57,6 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqG
         gm = SaqGraphModule(model, model.graph)
         copy_record(model, gm)
         update_record(gm, tracing="given graph")
-        gm.recompile()  # where it was prepared before, no pass may change it
         return gm
     return trace_symbolically(model, None if example_inputs is None else split_inputs(example_inputs))[0]
 
@@ -96,9 +95,9 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _copies_of_empty_tables(model: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy` that knows all empty tables of hooks, ten a module, which take most of its time."""
+    """A memo for `deepcopy` that knows all empty tables, ten of hooks a module, which take most of its time."""
     values = (value for module in model.modules() for value in vars(module).values())
-    return {id(value): OrderedDict() for value in values if type(value) is OrderedDict and not value}
+    return {id(value): type(value)() for value in values if type(value) in (OrderedDict, dict, set) and not value}
 
 
 @dataclass(frozen=True)

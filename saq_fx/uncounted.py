@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from saq_fx.annotation import annotation_of, is_training_only, join_path, owner_path, record_of
 from saq_fx.dataflow import reads_shape_only, tensor_at
-from saq_fx.graph import SaqGraphModule, held_by, parts_of
+from saq_fx.graph import SaqGraphModule, called_module, held_by, parts_of
 from saq_fx.mutation import MAKES_NEW, VIEWS
 from saq_fx.operation_names import operation_name
 from saq_fx.operators import operator_of, uncounted_reason
@@ -54,7 +54,7 @@ def _unfit(gm: nn.Module, operand: fx.Node, measured: Measured) -> str | None:
 def may_multiply(gm: SaqGraphModule, node: fx.Node) -> bool:
     """Whether a node is neither a layer nor known to have no multiply-adds."""
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
+        module = called_module(gm, node)
         is_plain = type(module).__module__.startswith(("torch.nn", "saq_fx")) and not has_weights(module)
         return not (is_plain or isinstance(module, SaqGraphModule))
     if node.op not in ("call_function", "call_method"):
@@ -109,7 +109,7 @@ def _reason(gm: SaqGraphModule, node: fx.Node, measured: Measured) -> str | None
     multiplies = measured.macs.get(node, 0) > 0
     if node.op != "call_module":
         return "is not in the operator table; it stays in float" if multiplies else None
-    module = gm.get_submodule(str(node.target))
+    module = called_module(gm, node)
     is_listed = any(name.startswith(f"{node.target}.") for name, _ in record_of(gm).untraced)
     if is_listed or not (multiplies or has_weights(module)):
         return None

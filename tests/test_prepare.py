@@ -1,6 +1,7 @@
 """The float graph is the model; the quantized one survives copies, and its bits change in place."""
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -221,6 +222,69 @@ def test_apply_policy_changes_bits_in_place() -> None:
     assert len(weight.unique()) == 4
     calibrate(gm, [inputs, inputs])
     assert all(module.initialized for module in gm.modules() if isinstance(module, Quantizer))
+
+
+class Rescaled(nn.Module):
+    """Between two layers, of which one reads `h` before it is scaled in place, and one after."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.a, self.b, self.c = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        y = self.b(h)
+        h = h.mul_(100) if self.in_place else h * 100
+        return self.c(y + h)
+
+
+def test_levels_fit_what_entered_whatever_is_written_to_it_later() -> None:
+    x = torch.randn(8, 4)
+    graphs = {}
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        graphs[in_place] = prepare_saq(Rescaled(in_place), example_inputs=x)
+    expected = graphs[False].state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in graphs[True].state_dict().items())
+
+
+def test_code_is_generated_when_it_is_asked_for_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generated: list[torch.fx.Graph] = []
+    python_code = torch.fx.Graph.python_code
+
+    def counted(graph: torch.fx.Graph, *args: Any, **kwargs: Any) -> Any:
+        generated.append(graph)
+        return python_code(graph, *args, **kwargs)
+
+    monkeypatch.setattr(torch.fx.Graph, "python_code", counted)
+    model, x = ZOO["residual"].make(), ZOO["residual"].inputs()
+    gm = prepare_saq(model, example_inputs=x)
+    calibrate(gm, [x])
+    copied = copy.deepcopy(gm)
+    assert not generated
+    assert list(inspect.signature(gm.forward).parameters) == list(inspect.signature(model.forward).parameters)
+    assert generated == [gm.graph]
+    assert torch.equal(gm(x), gm(x))
+    assert "block.weight_quantizer" in gm.code
+    assert "weight_quantizer" in str(gm)
+    assert generated == [gm.graph]
+    output = copied.graph.output_node()
+    with copied.graph.inserting_before(output):
+        output.update_arg(0, copied.graph.call_function(torch.neg, (output.args[0],)))
+    assert torch.equal(copied(x), -gm(x))
+    output.update_arg(0, output.all_input_nodes[0].args[0])
+    copied.recompile()
+    assert torch.equal(copied(x), gm(x))
+    assert len(generated) == 3
+
+
+def test_code_is_up_to_date_for_what_compiles_a_graph() -> None:
+    model, x = ZOO["residual"].make(), ZOO["residual"].inputs()
+    expected = prepare_saq(model, example_inputs=x)(x)
+    for compiled in (prepare_saq(model, example_inputs=x), nn.Sequential(prepare_saq(model, example_inputs=x))):
+        compiled.compile(backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), expected)
 
 
 def test_the_model_is_not_modified() -> None:

@@ -1,22 +1,35 @@
 """What preparing costs against `torch.fx.symbolic_trace` on the same model, and how it grows with depth.
 
-Writes JSON and prints a table. `python tools/bench_prepare.py [--out FILE] [--layers 100 1000 10000]`
+Prints a table, and writes it as JSON:
+`python tools/bench_prepare.py [--layers 100 1000] [--models resnet50] [--rounds 5] [--device cuda] [--out FILE.json]`
+The kinds take turns and the least of all rounds (two of more than 1000 layers) counts: what else the machine does then
+hits all alike. On a CPU, processor time of one thread is measured. `symbolic_trace` generates its code at once, a
+prepared graph when it is first called: both are in the table, without and with code.
 """
 
 import argparse
+import gc
 import json
 import math
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
+from saq_fx.precision import write_whole
 from saq_fx.prepare import prepare_saq
+
+KINDS = ("forward", "trace", "float", "float with code", "W4A4", "W4A4 with code")
+
+MODELS = ("resnet50", "densenet121", "mobilenet_v3_large", "vit_b_16")
 
 
 class Tower(nn.Module):
@@ -34,61 +47,112 @@ class Tower(nn.Module):
         return x
 
 
-def seconds(function: Callable[[], Any], repeats: int) -> float:
-    """The least of several runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def stopwatch(device: torch.device) -> Callable[[], float]:
+    """Seconds so far: of the processor on a CPU, of the clock, with all work done, on a GPU."""
+
+    def seconds() -> float:
+        if device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return seconds
 
 
-def measure(name: str, model: nn.Module, example: Tensor, repeats: int) -> dict[str, Any]:
-    """Seconds of tracing alone, of the float graph and of the quantized one."""
-    trace = seconds(lambda: fx.symbolic_trace(model), repeats)
-    as_float = seconds(lambda: prepare_saq(model, example_inputs=example, precision=None), repeats)
-    quantized = seconds(lambda: prepare_saq(model, example_inputs=example), repeats)
-    return {"model": name, "trace": trace, "float": as_float, "W4A4": quantized, "ratio": quantized / trace}
+def one_round(model: nn.Module, example: Tensor, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of each kind, once."""
+    taken: dict[str, float] = {}
+
+    def timed(kind: str, function: Callable[[], Any]) -> Any:
+        gc.collect()
+        start = clock()
+        result = function()
+        taken[kind] = clock() - start
+        return result
+
+    with torch.no_grad():
+        timed("forward", lambda: model(example))
+    timed("trace", lambda: fx.symbolic_trace(model))
+    for kind, precision in (("float", None), ("W4A4", "W4A4")):
+        gm = timed(kind, lambda precision=precision: prepare_saq(model, example_inputs=example, precision=precision))
+        timed(f"{kind} with code", gm.generate_code)
+        taken[f"{kind} with code"] += taken[kind]
+    return taken
 
 
-def exponent(sizes: list[int], times: list[float]) -> float:
-    """Slope of log time over log size, by least squares."""
+def measure(name: str, model: nn.Module, example: Tensor, rounds: int) -> dict[str, Any]:
+    """The least seconds of all rounds, and what they are in terms of tracing alone."""
+    clock = stopwatch(example.device)
+    times = defaultdict(list)
+    for _ in range(rounds):
+        for kind, taken in one_round(model, example, clock).items():
+            times[kind].append(taken)
+    least = {kind: min(times[kind]) for kind in KINDS}
+    return {"model": name, "seconds": least, "ratios": {kind: least[kind] / least["trace"] for kind in KINDS}}
+
+
+def exponent(sizes: list[int], times: list[float]) -> float | None:
+    """Slope of log time over log size, by least squares, to three digits; None of fewer than two sizes."""
+    if len(sizes) < 2:
+        return None
     x, y = [math.log(size) for size in sizes], [math.log(each) for each in times]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return round(slope, 3)
+
+
+def towers(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of all depths, and the exponents with which each kind grows."""
+    rows: list[dict[str, Any]] = []
+    exponents = {}
+    example = torch.randn(1, 4, device=options.device)
+    for shape in ("chain", "residual"):
+        models = {depth: Tower(depth, shape == "residual").to(options.device) for depth in options.layers}
+        measured = [
+            measure(f"{shape} of {depth}", model, example, options.rounds if depth <= 1000 else 2)
+            for depth, model in models.items()
+        ]
+        rows += measured
+        exponents[shape] = {kind: exponent(list(models), [row["seconds"][kind] for row in measured]) for kind in KINDS}
+    return rows, exponents
+
+
+def torchvision_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of a model of torchvision, on one image of 64 x 64, in evaluation mode."""
+    size = {"image_size": 64} if name.startswith("vit") else {}
+    model = torchvision.models.get_model(name, **size).to(options.device).eval()
+    return measure(name, model, torch.randn(1, 3, 64, 64, device=options.device), options.rounds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, nargs="*", default=[100, 300, 1000, 3000, 10000])
+    parser.add_argument("--models", nargs="*", default=MODELS, help="of torchvision")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--layers", type=int, nargs="+", default=[100, 300, 1000, 3000, 10000])
-    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    rows, exponents = [], {}
-    for kind in ("chain", "residual"):
-        times = []
-        for depth in options.layers:
-            model = Tower(depth, kind == "residual").to(options.device)
-            rows.append(
-                measure(f"{kind} of {depth}", model, torch.randn(1, 4, device=options.device), 1 + (depth <= 1000))
-            )
-            times.append(rows[-1]["W4A4"])
-        exponents[kind] = exponent(options.layers, times)
-    table = tabulate(
-        [list(row.values()) for row in rows],
-        ["", "trace, s", "float, s", "W4A4, s", "W4A4 / trace"],
-        floatfmt=".3g",
-    )
-    print(table)
-    print("fitted exponents:", {kind: round(value, 3) for kind, value in exponents.items()})
+    torch.set_num_threads(1)
+    rows, exponents = towers(options)
+    rows += [torchvision_model(name, options) for name in options.models]
+    ratios = [kind for kind in KINDS if kind not in ("forward", "trace")]
+    table = [[row["model"], *row["seconds"].values(), *(row["ratios"][kind] for kind in ratios)] for row in rows]
+    heads = ["", *(f"{kind}, s" for kind in KINDS), *(f"{kind} / trace" for kind in ratios)]
+    print(tabulate(table, heads, floatfmt=".3g"))
+    print("fitted exponents:", json.dumps(exponents))
     if options.out is not None:
-        machine = {
-            "python": platform.python_version(),
+        settings = {key: str(value) for key, value in vars(options).items() if key != "out"}
+        result = {
+            "rows": rows,
+            "exponents": exponents,
+            "date": date.today().isoformat(),
             "torch": torch.__version__,
-            "machine": platform.processor(),
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "settings": settings,
         }
-        options.out.write_text(json.dumps({"rows": rows, "exponents": exponents, **machine}, indent=2) + "\n")
+        write_whole(options.out, (json.dumps(result, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_broken_graph_names_the_passes() -> None:
         Pipeline((Canonicalize(), Breaking())).run(gm)
 
 
-def test_pass_that_runs_the_code_finds_it_up_to_date() -> None:
+def test_pass_that_runs_the_graph_finds_it_up_to_date() -> None:
     class Negate(Pass):
         def run(self, gm: SaqGraphModule) -> PassResult:
             output = gm.graph.output_node()
@@ -137,8 +137,6 @@ def test_pass_that_runs_the_code_finds_it_up_to_date() -> None:
             return PassResult(gm, modified=True)
 
     class Run(Pass):
-        runs_code = True
-
         def run(self, gm: SaqGraphModule) -> PassResult:
             seen.append(gm(x))
             return PassResult(gm, modified=False)

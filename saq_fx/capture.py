@@ -10,6 +10,7 @@
 import copy
 import inspect
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
 from saq_fx.recording import INPUT, CallRecorder, Calls
+from saq_fx.resizing import refusing_module
 from saq_fx.shapes import without_trace
 from saq_fx.symbolic import place_and_cause
-from saq_fx.tracing import ExampleInputs, Inputs, copied, frozen_modes, split_inputs, trace, trace_symbolically
+from saq_fx.tracing import ExampleInputs, Inputs, copied, frozen_modes, modes_of, split_inputs, trace, trace_symbolically
 from saq_fx.uncounted import has_weights
 
 
@@ -83,6 +85,17 @@ def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
         if inputs is None:
             raise
         return _capture_around(model, inputs, str(error))
+    while inputs is not None and (refusing := refusing_module(gm, model, inputs)) is not None:
+        path, reason = refusing
+        remove_flags(model)
+        try:
+            if not path:
+                return _capture_around(model, inputs, reason)
+            gm, untraceable = trace_symbolically(model, inputs, untraceable | {path: reason})
+        except TracingError:
+            remove_flags(model)
+            gm, untraceable = trace_symbolically(model, inputs, untraceable)
+            break
     if untraceable and inputs is not None:
         _capture_parts(gm, model, untraceable, inputs)
     return gm
@@ -167,6 +180,13 @@ def _record(model: nn.Module, python: Iterable[nn.Module], inputs: Inputs) -> Ca
         raise TracingError(
             f"{type(model).__name__} does not run on the example inputs: {place_and_cause(error)}"
         ) from error
+    recorder.is_open = False
+    args, kwargs = inputs = cloned(inputs)
+    with suppress(Exception), without_trace(model), without_fused_layers(), recorder.following(inputs):
+        # Code may hand other arguments on in training, which parts must take, too.
+        for module, mode in modes_of(model)[True].items():
+            module.training = mode
+        model(*args, **kwargs)
     return recorder
 
 

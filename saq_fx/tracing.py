@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,14 +63,16 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqG
     return trace_symbolically(model, None if example_inputs is None else split_inputs(example_inputs))[0]
 
 
-def trace_symbolically(model: nn.Module, inputs: Inputs | None) -> tuple[SaqGraphModule, dict[str, str]]:
-    """A graph of the model itself, and the submodules that had to stay leaves: path -> reason.
+def trace_symbolically(
+    model: nn.Module, inputs: Inputs | None, leaves: Mapping[str, str] = MappingProxyType({})
+) -> tuple[SaqGraphModule, dict[str, str]]:
+    """A graph of the model itself, and the submodules that had to stay `leaves`: path -> reason.
 
     Raises:
         TracingError: naming the module and the source line that symbolic tracing cannot follow.
     """
     arguments = _arguments(model, inputs)
-    graph, untraceable = _symbolic_graph(model, arguments, modes_of(model))
+    graph, untraceable = _symbolic_graph(model, arguments, modes_of(model), leaves)
     add_flags(model, graph)
     gm = SaqGraphModule(model, graph, type(model).__name__)
     gm.keep_modes(frozen_modes(model))
@@ -212,9 +215,12 @@ def _trace_in_mode(
 
 
 def _symbolic_graph(
-    model: nn.Module, arguments: _Arguments, modes: Mapping[bool, Mapping[nn.Module, bool]]
+    model: nn.Module,
+    arguments: _Arguments,
+    modes: Mapping[bool, Mapping[nn.Module, bool]],
+    known_leaves: Mapping[str, str],
 ) -> tuple[fx.Graph, dict[str, str]]:
-    mode, leaves = model.training, dict[str, str]()
+    mode, leaves = model.training, dict(known_leaves)
     while True:
         own = _trace_in_mode(model, arguments, leaves, modes[mode])
         if not own.steering:

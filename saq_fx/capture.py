@@ -229,6 +229,10 @@ class _Splitter:
         """Captures a module that holds layers; one that no example reaches, without example inputs."""
         self._done.add(module)
         calls = self._calls.get(module, Calls())
+        if calls.is_transformed:
+            if has_weights(module):
+                self.untraced.append((path, "runs under torch.vmap, in which nothing is quantized"))
+            return
         try:
             part = _accepting_all(module, calls)
             if not _has_layers(part):

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch._functorch.apis as functorch_apis
 from torch import Tensor, fx
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
@@ -36,7 +37,7 @@ def patched(tracer: fx.Tracer) -> Iterator[None]:
     with (
         _following_wrapped_products(),
         _recording_factories(tracer),
-        _rejecting_checkpoints(),
+        _rejecting_transforms(),
         without_fused_layers(),
         followed_scopes(tracer),
         _recording_functions(tracer),
@@ -76,9 +77,15 @@ def _recorded(function: Callable[..., Any], always_by: fx.Tracer | None) -> Call
 
 
 @contextmanager
-def _rejecting_checkpoints() -> Iterator[None]:
-    """Within: checkpointing symbolic values is an error, for a graph would lose it, and with it the memory it saves."""
+def _rejecting_transforms() -> Iterator[None]:
+    """Within: checkpoints and `vmap` of symbolic values are errors, for a graph would lose the memory that they save."""
     original = checkpoint._infer_device_type
+    vmapped = functorch_apis.vmap_impl
+
+    def reject_vmap(*args: Any, **kwargs: Any) -> Any:
+        if _symbolic_trace._find_proxy(args, kwargs) is not None:
+            raise TracingError("torch.vmap runs its function on many samples at once, which no graph does")
+        return vmapped(*args, **kwargs)
 
     def reject(*args: Any) -> Any:
         if _symbolic_trace._find_proxy(args, {}) is not None:
@@ -87,7 +94,8 @@ def _rejecting_checkpoints() -> Iterator[None]:
 
     checkpoint._infer_device_type = reject
     try:
-        yield
+        with replaced(functorch_apis, vmap_impl=reject_vmap):
+            yield
     finally:
         checkpoint._infer_device_type = original
 

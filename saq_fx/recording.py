@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -19,11 +20,12 @@ INPUT = ""
 
 @dataclass
 class Calls:
-    """How a module was called from Python code: inputs (one of each kind), and where they came from."""
+    """How a module was called from Python code: inputs (one of each kind), where from, and whether under `vmap`."""
 
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     kinds: list[Any] = field(default_factory=list)
     origins: set[nn.Module | str] = field(default_factory=set)
+    is_transformed: bool = False
 
 
 class CallRecorder(TorchFunctionMode):
@@ -73,7 +75,9 @@ class CallRecorder(TorchFunctionMode):
             calls = self.calls.setdefault(module, Calls())
             calls.origins.update(*(self._origins.get(tensor, ()) for tensor in tensors_in((args, kwargs))))
             kind = _kind((args, kwargs))
-            if kind not in calls.kinds:
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors_in((args, kwargs))):
+                calls.is_transformed = True
+            elif kind not in calls.kinds:
                 calls.kinds.append(kind)
                 calls.inputs.append((args, kwargs))
         self._stack.append(module)

@@ -25,6 +25,7 @@ from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
 from saq_fx.graph import attribute_at
 from saq_fx.modes import flag_path
+from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched
 from saq_fx.proxies import GuardedProxy, TrainingMarker
 from saq_fx.runtime import (
@@ -130,12 +131,28 @@ class SymbolicTracer(fx.Tracer):
         """A node; an error where the model computes it without gradients that the graph would give it."""
         node = super().create_node(kind, target, *args, **kwargs)
         if self.scopes_without_gradients and self._gradients.reaches(node):
-            if self.arguments is None or not _is_without_gradient(self._examples.value(node)):
-                raise TracingError(f"{node} is computed under no_grad, and gradients would reach it in a graph")
-            self._gradients.stops_at(node)
+            return self._without_gradient(node)
         if kind == "call_method" and target == "backward":
             raise TracingError("forward computes gradients, which no graph does")
         return node
+
+    def _without_gradient(self, node: fx.Node) -> fx.Node:
+        """A node under `no_grad`: the same without a history, where it has values that could have one."""
+        value = None if self.arguments is None else self._examples.value(node)
+        if _is_without_gradient(value):
+            self._gradients.stops_at(node)
+            return node
+        if node.op == "get_attr":  # itself it has its gradient outside of the scope again
+            return node
+        if not (writes_first(node) or "out" in node.kwargs):
+            if isinstance(value, Tensor):
+                return super().create_node("call_method", "detach", (node,), {})
+            if type(value) in (list, tuple) and all(isinstance(item, Tensor) for item in value):
+                picked = [super(SymbolicTracer, self).create_node("call_function", operator.getitem, (node, index), {})
+                          for index in range(len(value))]
+                items = [super(SymbolicTracer, self).create_node("call_method", "detach", (item,), {}) for item in picked]
+                return super().create_node("call_function", type(value), (items,), {})
+        raise TracingError(f"{node} is computed under no_grad, and gradients would reach it in a graph")
 
     def _depends_on_data(self, node: fx.Node, or_parameters: bool) -> bool:
         """Whether a value depends on more of the inputs than their sizes, or on parameters if these count too."""

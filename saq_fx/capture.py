@@ -29,7 +29,16 @@ from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.resizing import refusing_module
 from saq_fx.shapes import interpreted, without_trace
 from saq_fx.symbolic import place_and_cause
-from saq_fx.tracing import ExampleInputs, Inputs, copied, frozen_modes, modes_of, split_inputs, trace, trace_symbolically
+from saq_fx.tracing import (
+    ExampleInputs,
+    Inputs,
+    copied,
+    frozen_modes,
+    modes_of,
+    split_inputs,
+    trace,
+    trace_symbolically,
+)
 from saq_fx.uncounted import has_weights
 
 
@@ -176,9 +185,7 @@ def _holds_any(module: nn.Module, others: Container[nn.Module]) -> bool:
     return any(inner in others for inner in module.modules() if inner is not module)
 
 
-def _record(
-    model: nn.Module, python: Iterable[nn.Module], example: Inputs, others: Sequence[Inputs]
-) -> CallRecorder:
+def _record(model: nn.Module, python: Iterable[nn.Module], example: Inputs, others: Sequence[Inputs]) -> CallRecorder:
     args, kwargs = inputs = cloned(example)
     recorder = CallRecorder(model, python)
     try:

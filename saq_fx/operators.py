@@ -265,13 +265,13 @@ def quantizable_names() -> frozenset[str]:
 
 _UNCOUNTED = {
     "addbmm", "addmv", "addr", "bilinear", "cdist", "chain_matmul", "cholesky", "cholesky_inverse",
-    "cholesky_solve", "conv_tbc", "convolution", "_convolution", "deform_conv2d", "det", "dot", "eig", "eigh", "eigvals", "eigvalsh",
-    "fft", "fft2", "fftn", "ger", "gru", "gru_cell", "hfft", "hspmm", "ifft", "ifft2", "ifftn", "ihfft", "inner",
-    "inv", "inv_ex", "inverse", "irfft", "irfft2", "irfftn", "istft", "kron", "logdet", "lstm", "lstm_cell",
-    "lstsq", "matrix_exp", "matrix_power", "multi_dot", "multi_head_attention_forward", "mv", "outer", "pinv",
-    "pinverse", "qr", "rfft", "rfft2", "rfftn", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
-    "sampled_addmm", "slogdet", "smm", "solve", "solve_ex", "solve_triangular", "stft", "svd", "svdvals",
-    "tensordot", "vdot", "vecdot",
+    "cholesky_solve", "conv_tbc", "convolution", "_convolution", "deform_conv2d", "det", "dot", "eig", "eigh",
+    "eigvals", "eigvalsh", "fft", "fft2", "fftn", "ger", "gru", "gru_cell", "hfft", "hspmm", "ifft", "ifft2",
+    "ifftn", "ihfft", "inner", "inv", "inv_ex", "inverse", "irfft", "irfft2", "irfftn", "istft", "kron",
+    "logdet", "lstm", "lstm_cell", "lstsq", "matrix_exp", "matrix_power", "multi_dot",
+    "multi_head_attention_forward", "mv", "outer", "pinv", "pinverse", "qr", "rfft", "rfft2", "rfftn",
+    "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "sampled_addmm", "slogdet", "smm", "solve",
+    "solve_ex", "solve_triangular", "stft", "svd", "svdvals", "tensordot", "vdot", "vecdot",
 }  # fmt: skip
 
 

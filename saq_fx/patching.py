@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch._functorch.apis as functorch_apis
 from torch import Tensor, fx
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
@@ -78,9 +77,10 @@ def _recorded(function: Callable[..., Any], always_by: fx.Tracer | None) -> Call
 
 @contextmanager
 def _rejecting_transforms() -> Iterator[None]:
-    """Within: checkpoints and `vmap` of symbolic values are errors, for a graph would lose the memory that they save."""
+    """Within: checkpoints and `vmap` of symbolic values are errors, for a graph would lose the memory they save."""
     original = checkpoint._infer_device_type
-    vmapped = functorch_apis.vmap_impl
+    functorch: Any = importlib.import_module("torch._functorch.apis")
+    vmapped = functorch.vmap_impl
 
     def reject_vmap(*args: Any, **kwargs: Any) -> Any:
         if _symbolic_trace._find_proxy(args, kwargs) is not None:
@@ -94,7 +94,7 @@ def _rejecting_transforms() -> Iterator[None]:
 
     checkpoint._infer_device_type = reject
     try:
-        with replaced(functorch_apis, vmap_impl=reject_vmap):
+        with replaced(functorch, vmap_impl=reject_vmap):
             yield
     finally:
         checkpoint._infer_device_type = original

@@ -32,8 +32,8 @@ class CallRecorder(TorchFunctionMode):
     """While entered, notes the calls that the code of `python` modules makes of other modules and of the table.
 
     `calls` are the modules called; `operations` the names of operations with multiply-adds that such code runs itself,
-    each with the module whose code it is. When it is not `is_open` any more, only inputs of known calls are. The origins of a call are those called modules whose outputs its inputs were
-    computed from, and `INPUT`.
+    each with the module whose code it is. The origins of a call are those called modules whose outputs its inputs were
+    computed from, and `INPUT`. Once `is_open` is False, only more inputs of the calls found so far are noted.
 
     Args:
         model: what is going to run.

@@ -1,6 +1,6 @@
 """Which guards of a graph refuse inputs of other sizes that the model itself takes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,40 +20,47 @@ _NEARBY: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size:
 
 
 def refusing_module(gm: SaqGraphModule, model: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
-    """The path of a module whose code a graph cannot follow on inputs of another size, and why; None where there is none.
+    """The path of a module whose code the graph cannot follow on inputs of another size, and why; None without one.
 
     Tried are one sample more, larger images, and longer and shorter sequences. Modules that multiply tensors
     themselves are left alone unless it is the batch that they depend on: as Python, their products would stay in float.
     """
-    if not any(node.target is require_same_path for node in gm.graph.nodes):
-        return None
-    for resized, of_batch in _resized(inputs):
-        for guard, problem in _refusals(gm, resized).items():
-            path = owner_path(guard)
-            kind = type(model.get_submodule(path))
-            if (of_batch or not multiplies(kind.forward, kind)) and _runs(model, resized):
-                return path, f"the path through its code depends on the sizes of inputs: {problem}"
+    guards = [node for node in gm.graph.nodes if node.target is require_same_path]
+    kinds = {guard: type(model.get_submodule(owner_path(guard))) for guard in guards}
+    movable = [guard for guard in guards if not multiplies(kinds[guard].forward, kinds[guard])]
+    for resized, of_batch in _resized(inputs) if guards else ():
+        asked = guards if of_batch else movable
+        for guard, problem in _refusals(gm, resized, asked).items() if asked else ():
+            if guard in asked and _runs(model, resized):
+                return owner_path(guard), f"the path through its code depends on the sizes of inputs: {problem}"
     return None
 
 
-def _refusals(gm: SaqGraphModule, inputs: Inputs) -> Mapping[fx.Node, str]:
-    """The guards that fail on these inputs, as far as the graph runs on them."""
+class _Done(Exception):
+    """Nothing more is asked of a run."""
+
+
+def _refusals(gm: SaqGraphModule, inputs: Inputs, asked: Sequence[fx.Node]) -> Mapping[fx.Node, str]:
+    """The guards that fail on these inputs, as far as the graph runs on them and up to the last one asked for."""
     found: dict[fx.Node, str] = {}
 
     def run(part: SaqGraphModule, node: fx.Node, compute: Callable[[], Any]) -> Any:
-        try:
+        if node.target is not require_same_path:
             return compute()
+        try:
+            compute()
         except TracingError as error:
-            if node.target is not require_same_path:
-                raise
             found[node] = str(error)
+        if node is asked[-1]:
+            raise _Done
+        return None
 
     try:
         args, kwargs = cloned(inputs)
         bind_inputs(gm, args, kwargs)
         with without_trace(gm), interpreted(gm, run):
             gm(*args, **kwargs)
-    except Exception:  # noqa: BLE001 - sizes that do not fit, or what a failed guard leads to
+    except Exception:
         return found
     return found
 
@@ -63,7 +70,7 @@ def _runs(model: nn.Module, inputs: Inputs) -> bool:
     try:
         with without_trace(model), without_fused_layers():
             model(*args, **kwargs)
-    except Exception:  # noqa: BLE001 - whatever it is, the model does not take these inputs
+    except Exception:
         return False
     return True
 

@@ -9,6 +9,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from numbers import Real
 from types import FrameType
 from typing import Any
 
@@ -128,7 +129,7 @@ class SymbolicTracer(fx.Tracer):
         return GuardedProxy(node, self)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node; an error where the model computes it without gradients that the graph would give it."""
+        """A node; detached where the model computes it without gradients that the graph would give it."""
         node = super().create_node(kind, target, *args, **kwargs)
         if self.scopes_without_gradients and self._gradients.reaches(node):
             return self._without_gradient(node)
@@ -138,21 +139,23 @@ class SymbolicTracer(fx.Tracer):
 
     def _without_gradient(self, node: fx.Node) -> fx.Node:
         """A node under `no_grad`: the same without a history, where it has values that could have one."""
-        value = None if self.arguments is None else self._examples.value(node)
+        value: Any = None if self.arguments is None else self._examples.value(node)
         if _is_without_gradient(value):
             self._gradients.stops_at(node)
             return node
-        if node.op == "get_attr":  # itself it has its gradient outside of the scope again
+        if node.op == "get_attr":  # a parameter itself has its gradient again outside of the scope
             return node
         if not (writes_first(node) or "out" in node.kwargs):
             if isinstance(value, Tensor):
-                return super().create_node("call_method", "detach", (node,), {})
+                return self._detached(node)
             if type(value) in (list, tuple) and all(isinstance(item, Tensor) for item in value):
-                picked = [super(SymbolicTracer, self).create_node("call_function", operator.getitem, (node, index), {})
-                          for index in range(len(value))]
-                items = [super(SymbolicTracer, self).create_node("call_method", "detach", (item,), {}) for item in picked]
-                return super().create_node("call_function", type(value), (items,), {})
+                create = super().create_node
+                picked = [create("call_function", operator.getitem, (node, index), {}) for index in range(len(value))]
+                return create("call_function", type(value), ([self._detached(item) for item in picked],), {})
         raise TracingError(f"{node} is computed under no_grad, and gradients would reach it in a graph")
+
+    def _detached(self, node: fx.Node) -> fx.Node:
+        return super().create_node("call_method", "detach", (node,), {})
 
     def _depends_on_data(self, node: fx.Node, or_parameters: bool) -> bool:
         """Whether a value depends on more of the inputs than their sizes, or on parameters if these count too."""
@@ -282,7 +285,7 @@ class SymbolicTracer(fx.Tracer):
     def number(self, kind: Callable[[Any], Any], obj: fx.Proxy) -> Any:
         """`int` or `float` of a proxy: symbolic of a number that sizes decide, from the example inputs otherwise."""
         value = self.example(obj)
-        if not isinstance(value, int | float) or self._examples.is_computed(obj.node, kind.__name__):
+        if not isinstance(value, Real) or self._examples.is_computed(obj.node, kind.__name__):
             return self.concrete(obj, kind.__name__)
         return self.create_proxy("call_function", kind, (obj,), {})
 
@@ -392,10 +395,10 @@ class SymbolicTracer(fx.Tracer):
             default = () if parameter.default is parameter.empty else (parameter.default,)
             return self.create_proxy("placeholder", name, default, {})
         # Code asks by `is None`, which a symbolic value cannot answer.
-        default = self.fixed.get(name)
-        if default is None or isinstance(default, bool | int | float | str):
-            placeholder = self.create_proxy("placeholder", name, (default,), {})
-            self.create_node("call_function", require_default, (placeholder.node, default, name), {})
+        fixed = self.fixed.get(name)
+        if fixed is None or isinstance(fixed, bool | int | float | str):
+            placeholder = self.create_proxy("placeholder", name, (fixed,), {})
+            self.create_node("call_function", require_default, (placeholder.node, fixed, name), {})
         return None
 
 

@@ -87,7 +87,9 @@ def copied(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            weight = vars(module).get(getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", ""))
+            weight = vars(module).get(
+                getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", "")
+            )
             is_made_anew = isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod)
             if is_made_anew and isinstance(weight, Tensor) and not weight.is_leaf:
                 memo[id(weight)] = weight.detach().clone()

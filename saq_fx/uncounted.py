@@ -57,7 +57,9 @@ def may_multiply(gm: SaqGraphModule, node: fx.Node) -> bool:
         module = gm.get_submodule(str(node.target))
         own = type(module).__module__
         # A parametrization (spectral norm) computes with the weight that it is given.
-        is_plain = own.startswith(("torch.nn", "saq_fx")) and not (own.startswith("torch.nn.utils") or has_weights(module))
+        is_plain = own.startswith(("torch.nn", "saq_fx")) and not (
+            own.startswith("torch.nn.utils") or has_weights(module)
+        )
         return not (is_plain or isinstance(module, SaqGraphModule))
     if node.op not in ("call_function", "call_method"):
         return False

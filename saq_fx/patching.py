@@ -4,7 +4,7 @@ import builtins
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -15,7 +15,7 @@ from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from saq_fx.bytecode import multiplies
+from saq_fx.bytecode import asks_for_type, multiplies
 from saq_fx.errors import TracingError
 from saq_fx.graph import without_fused_layers
 from saq_fx.proxies import IN_PLACE_OPERATORS, GuardedAttribute, GuardedProxy, TrainingMarker
@@ -193,8 +193,17 @@ def _recording_numbers(tracer: Any) -> Iterator[None]:
         for original in (int, float)
     }
     kinds = {kind for module in tracer.root.modules() for kind in type(module).__mro__}
-    tables = {id(table): table for kind in kinds if (table := _globals_of(kind)) is not None}
-    changed = [(table, name) for table in tables.values() for name in names if name not in table]
+    held = [(table, kind) for kind in kinds if (table := _globals_of(kind)) is not None]
+    tables = {id(table): table for table, _ in held}
+    # Torch and numpy know the types themselves only.
+    code = [*((table, table) for table in tables.values()), *((table, vars(kind)) for table, kind in held)]
+    kept = {(id(table), name) for table, functions in code for name in names if _ask_for_type(functions.values(), name)}
+    changed = [
+        (table, name)
+        for key, table in tables.items()
+        for name in names
+        if name not in table and (key, name) not in kept
+    ]
     try:
         for table, name in changed:
             table[name] = names[name]
@@ -203,6 +212,10 @@ def _recording_numbers(tracer: Any) -> Iterator[None]:
     finally:
         for table, name in changed:
             del table[name]
+
+
+def _ask_for_type(functions: Iterable[Any], name: str) -> bool:
+    return any(asks_for_type(each, name) for each in functions)
 
 
 def _globals_of(kind: type) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -187,3 +188,20 @@ def test_what_runs_under_vmap_is_listed() -> None:
     report = precision_report(prepare_saq(model, example_inputs=x))
     assert [row.name for row in report.rows] == ["all"]
     assert ("each", "runs under torch.vmap, in which nothing is quantized") in report.uncounted
+
+
+class Typed(nn.Module):
+    """Asks for tensors of Python's types, which torch and numpy know by identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.ones(x.shape[0], 1, dtype=int) + torch.from_numpy(np.ones(3).astype(float)).sum()
+        return self.layer(x) * steps.to(x.dtype)
+
+
+def test_types_of_python_as_types_of_tensors() -> None:
+    model, x = Typed(), torch.randn(2, 8)
+    assert_same_function(model, prepare_saq(model, example_inputs=x, precision=None), x)

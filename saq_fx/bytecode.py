@@ -27,6 +27,28 @@ def multiplies(function: Any, owner: type | None = None) -> bool:
     return False
 
 
+def asks_for_type(function: Any, name: str) -> bool:
+    """Whether a function passes a built-in type on to what makes tensors or arrays (`dtype=int`, `astype(float)`)."""
+    if not isinstance(function, FunctionType):
+        return False
+    for code in _codes(function.__code__):
+        names_a_type = "astype" in code.co_names or any(
+            "dtype" in each for each in code.co_consts if type(each) is tuple
+        )
+        if (
+            names_a_type
+            and name in code.co_names
+            and any(_is_no_call_of(name, each) for each in dis.get_instructions(code))
+        ):
+            return True
+    return False
+
+
+def _is_no_call_of(name: str, instruction: dis.Instruction) -> bool:
+    # The lowest bit says that a call follows.
+    return instruction.opname == "LOAD_GLOBAL" and instruction.argval == name and not (instruction.arg or 0) & 1
+
+
 def _codes(code: CodeType) -> Iterator[CodeType]:
     """A function's code, and that of functions inside it."""
     yield code

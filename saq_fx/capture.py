@@ -9,7 +9,8 @@
 
 import copy
 import inspect
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,9 +26,19 @@ from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
 from saq_fx.recording import INPUT, CallRecorder, Calls
-from saq_fx.shapes import without_trace
+from saq_fx.resizing import refusing_module
+from saq_fx.shapes import interpreted, without_trace
 from saq_fx.symbolic import place_and_cause
-from saq_fx.tracing import ExampleInputs, Inputs, copied, frozen_modes, split_inputs, trace, trace_symbolically
+from saq_fx.tracing import (
+    ExampleInputs,
+    Inputs,
+    copied,
+    frozen_modes,
+    modes_of,
+    split_inputs,
+    trace,
+    trace_symbolically,
+)
 from saq_fx.uncounted import has_weights
 
 
@@ -83,17 +94,28 @@ def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
         if inputs is None:
             raise
         return _capture_around(model, inputs, str(error))
+    while inputs is not None and (refusing := refusing_module(gm, model, inputs)) is not None:
+        path, reason = refusing
+        remove_flags(model)
+        try:
+            if not path:
+                return _capture_around(model, inputs, reason)
+            gm, untraceable = trace_symbolically(model, inputs, untraceable | {path: reason})
+        except TracingError:
+            remove_flags(model)
+            gm, untraceable = trace_symbolically(model, inputs, untraceable)
+            break
     if untraceable and inputs is not None:
         _capture_parts(gm, model, untraceable, inputs)
     return gm
 
 
-def _capture_around(model: nn.Module, inputs: Inputs, reason: str) -> SaqGraphModule:
-    """Keeps the module's own code, and captures what it calls."""
+def _capture_around(model: nn.Module, inputs: Inputs, reason: str, others: Sequence[Inputs] = ()) -> SaqGraphModule:
+    """Keeps the module's own code, and captures what it calls; there may be `others` that it is called with."""
     remove_flags(model)
     gm = SaqGraphModule.around(model, _python_graph(model, inputs))
     gm.keep_modes(frozen_modes(model))
-    _capture_parts(gm, model, {"": reason}, inputs)
+    _capture_parts(gm, model, {"": reason}, inputs, others)
     record = record_of(gm)
     if record.untraced and not record.parts:
         raise TracingError(
@@ -136,13 +158,19 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     return graph
 
 
-def _capture_parts(gm: SaqGraphModule, model: nn.Module, untraceable: Mapping[str, str], inputs: Inputs) -> None:
+def _capture_parts(
+    gm: SaqGraphModule,
+    model: nn.Module,
+    untraceable: Mapping[str, str],
+    inputs: Inputs,
+    others: Sequence[Inputs] = (),
+) -> None:
     """Replaces the modules that untraceable code calls by graphs of their own."""
     reasons = {model.get_submodule(path): reason for path, reason in untraceable.items()}
-    recorder = _record(model, reasons, inputs)
+    recorder = _record(model, reasons, inputs, others)
     while entered := [module for module in recorder.calls if _holds_any(module, recorder.calls)]:
         reasons.update(dict.fromkeys(entered, "code outside of it calls modules in it"))
-        recorder = _record(model, reasons, inputs)
+        recorder = _record(model, reasons, inputs, others)
     splitter = _Splitter(recorder.calls, reasons)
     for path, module in list(model.named_modules()):
         if module in reasons:
@@ -157,8 +185,8 @@ def _holds_any(module: nn.Module, others: Container[nn.Module]) -> bool:
     return any(inner in others for inner in module.modules() if inner is not module)
 
 
-def _record(model: nn.Module, python: Iterable[nn.Module], inputs: Inputs) -> CallRecorder:
-    args, kwargs = inputs = cloned(inputs)
+def _record(model: nn.Module, python: Iterable[nn.Module], example: Inputs, others: Sequence[Inputs]) -> CallRecorder:
+    args, kwargs = inputs = cloned(example)
     recorder = CallRecorder(model, python)
     try:
         with without_trace(model), without_fused_layers(), recorder.following(inputs):
@@ -167,6 +195,14 @@ def _record(model: nn.Module, python: Iterable[nn.Module], inputs: Inputs) -> Ca
         raise TracingError(
             f"{type(model).__name__} does not run on the example inputs: {place_and_cause(error)}"
         ) from error
+    recorder.is_open = False
+    # Code may hand on other arguments then, as in training, which parts must take, too.
+    for other, modes in ((example, modes_of(model)[True]), *((other, {}) for other in others)):
+        args, kwargs = inputs = cloned(other)
+        with suppress(Exception), without_trace(model), without_fused_layers(), recorder.following(inputs):
+            for module, mode in modes.items():
+                module.training = mode
+            model(*args, **kwargs)
     return recorder
 
 
@@ -200,6 +236,10 @@ class _Splitter:
         """Captures a module that holds layers; one that no example reaches, without example inputs."""
         self._done.add(module)
         calls = self._calls.get(module, Calls())
+        if calls.is_transformed:
+            if has_weights(module):
+                self.untraced.append((path, "runs under torch.vmap, in which nothing is quantized"))
+            return
         try:
             part = _accepting_all(module, calls)
             if not _has_layers(part):
@@ -221,11 +261,11 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
         return _capture(module, None)
     part = _capture(module, calls.inputs[0])
     try:
-        with without_trace(part):
+        with without_trace(part), interpreted(part):
             for args, kwargs in cloned(calls.inputs):
                 part(*args, **kwargs)
     except Exception as error:
-        return _capture_around(module, calls.inputs[0], place_and_cause(error))
+        return _capture_around(module, calls.inputs[0], place_and_cause(error), calls.inputs[1:])
     return part
 
 

@@ -16,7 +16,7 @@ from saq_fx.modes import is_flag
 from saq_fx.nested import cloned
 from saq_fx.operation_names import writes_first
 from saq_fx.runtime import switch_autocast
-from saq_fx.state import unmoved
+from saq_fx.state import is_same, unmoved
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -48,6 +48,7 @@ class ExampleValues:
 
     def __init__(self, tracer: fx.Tracer, arguments: Mapping[str, Any]) -> None:
         self.running = False
+        self.changed_arguments = set[fx.Node]()
         self._tracer, self._arguments = tracer, arguments
         self._values: dict[fx.Node, Any] = {}
         # Sets of nodes: inputs and their items; what depends on inputs; and see `is_computed`.
@@ -137,7 +138,20 @@ class ExampleValues:
             evaluation_flags(module),
             nullcontext() if type(module).__module__.startswith("torch.nn.") else unmoved(module),
         ):
-            return module(*args, **kwargs)
+            before = [(each, each.copy()) for each in _containers((args, kwargs))]
+            output = module(*args, **kwargs)
+            if any(not is_same(each, copied) for each, copied in before):
+                self.changed_arguments.add(node)
+            return output
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """The lists and dictionaries in the arguments of a call."""
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            if type(item) in (list, dict):
+                yield item
+            yield from _containers(item)
 
 
 @contextmanager

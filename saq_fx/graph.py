@@ -101,6 +101,9 @@ class SaqGraphModule(fx.GraphModule):
         for name, value in vars(module).items():
             if name != "forward":
                 vars(self).setdefault(name, value)
+        for kind in ("_parameters", "_buffers"):
+            for name, value in vars(module)[kind].items():
+                vars(self)[kind].setdefault(name, value)  # those that are None: a layer without bias
         added = {name: child for name, child in self._modules.items() if name not in module._modules}
         self._modules = {**module._modules, **added}
         vars(self)["_acts_as"] = type(module)

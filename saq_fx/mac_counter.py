@@ -65,6 +65,8 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with suppress(Exception):  # a formula that does not take these arguments is no reason not to run
             if packet in _FORMULAS:
                 self.macs += _FORMULAS[packet](*args, **(kwargs or {}))
+            elif func.name() == "torchvision::deform_conv2d":
+                self.macs += output.numel() * math.prod(args[1].shape[1:])
             elif packet in flop_registry:
                 self.macs += flop_registry[packet](*args, **(kwargs or {}), out_val=output) // 2
         return output

@@ -59,7 +59,7 @@ def _plain_name(target: Any) -> str:
         return target
     if isinstance(target, OpOverload | OpOverloadPacket):
         packet = target.overloadpacket if isinstance(target, OpOverload) else target
-        return packet._qualified_op_name.removeprefix("aten::")
+        return str(packet._qualified_op_name.rpartition("::")[2])
     # Methods of tensors have no module.
     module = getattr(target, "__module__", None) or "torch"
     known = module.split(".")[0] in _OWN or module == builtins.__name__

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
 from saq_fx.annotation import Shape
@@ -265,20 +265,30 @@ def quantizable_names() -> frozenset[str]:
 
 _UNCOUNTED = {
     "addbmm", "addmv", "addr", "bilinear", "cdist", "chain_matmul", "cholesky", "cholesky_inverse",
-    "cholesky_solve", "conv_tbc", "convolution", "_convolution", "det", "dot", "eig", "eigh", "eigvals", "eigvalsh",
-    "fft", "fft2", "fftn", "ger", "gru", "gru_cell", "hfft", "hspmm", "ifft", "ifft2", "ifftn", "ihfft", "inner",
-    "inv", "inv_ex", "inverse", "irfft", "irfft2", "irfftn", "istft", "kron", "logdet", "lstm", "lstm_cell",
-    "lstsq", "matrix_exp", "matrix_power", "multi_dot", "multi_head_attention_forward", "mv", "outer", "pinv",
-    "pinverse", "qr", "rfft", "rfft2", "rfftn", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
-    "sampled_addmm", "slogdet", "smm", "solve", "solve_ex", "solve_triangular", "stft", "svd", "svdvals",
-    "tensordot", "vdot", "vecdot",
+    "cholesky_solve", "conv_tbc", "convolution", "_convolution", "deform_conv2d", "det", "dot", "eig", "eigh",
+    "eigvals", "eigvalsh", "fft", "fft2", "fftn", "ger", "gru", "gru_cell", "hfft", "hspmm", "ifft", "ifft2",
+    "ifftn", "ihfft", "inner", "inv", "inv_ex", "inverse", "irfft", "irfft2", "irfftn", "istft", "kron",
+    "logdet", "lstm", "lstm_cell", "lstsq", "matrix_exp", "matrix_power", "multi_dot",
+    "multi_head_attention_forward", "mv", "outer", "pinv", "pinverse", "qr", "rfft", "rfft2", "rfftn",
+    "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "sampled_addmm", "slogdet", "smm", "solve",
+    "solve_ex", "solve_triangular", "stft", "svd", "svdvals", "tensordot", "vdot", "vecdot",
 }  # fmt: skip
+
+
+_KNOWN_LIBRARIES = ("aten", "prims", "torchvision")
+
+
+def _library_of(operation: OpOverload | OpOverloadPacket) -> str:
+    packet = operation.overloadpacket if isinstance(operation, OpOverload) else operation
+    return str(packet._qualified_op_name).partition("::")[0]
 
 
 def uncounted_reason(node: fx.Node) -> str | None:
     """Why an operation with multiply-add arithmetic has no entry, for the report; None for all other nodes."""
     if node.target is apply_function:
         return "an autograd function of the model's own, whose operations are not seen"
+    if isinstance(node.target, OpOverload | OpOverloadPacket) and _library_of(node.target) not in _KNOWN_LIBRARIES:
+        return "an operation of another library, whose arithmetic is not seen"
     name = operation_name(node)
     # Of the table's names those that are no entry: `addmm_`, `sparse.mm`.
     known = name in _UNCOUNTED or (name in _BY_NAME and name != "embedding" and operator_of(node) is None)

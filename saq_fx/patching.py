@@ -2,8 +2,11 @@
 
 import builtins
 import importlib
-from collections.abc import Callable, Iterator
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from saq_fx.bytecode import multiplies
+from saq_fx.bytecode import asks_for_type, multiplies
 from saq_fx.errors import TracingError
 from saq_fx.graph import without_fused_layers
 from saq_fx.proxies import IN_PLACE_OPERATORS, GuardedAttribute, GuardedProxy, TrainingMarker
@@ -33,11 +36,12 @@ def patched(tracer: fx.Tracer) -> Iterator[None]:
     with (
         _following_wrapped_products(),
         _recording_factories(tracer),
-        _rejecting_checkpoints(),
+        _rejecting_transforms(),
         without_fused_layers(),
         followed_scopes(tracer),
         _recording_functions(tracer),
         _telling_types(tracer),
+        _recording_numbers(tracer),
         _RealParameters(tracer),
     ):
         yield
@@ -72,9 +76,16 @@ def _recorded(function: Callable[..., Any], always_by: fx.Tracer | None) -> Call
 
 
 @contextmanager
-def _rejecting_checkpoints() -> Iterator[None]:
-    """Within: checkpointing symbolic values is an error, for a graph would lose it, and with it the memory it saves."""
+def _rejecting_transforms() -> Iterator[None]:
+    """Within: checkpoints and `vmap` of symbolic values are errors, for a graph would lose the memory they save."""
     original = checkpoint._infer_device_type
+    functorch: Any = importlib.import_module("torch._functorch.apis")
+    vmapped = functorch.vmap_impl
+
+    def reject_vmap(*args: Any, **kwargs: Any) -> Any:
+        if _symbolic_trace._find_proxy(args, kwargs) is not None:
+            raise TracingError("torch.vmap runs its function on many samples at once, which no graph does")
+        return vmapped(*args, **kwargs)
 
     def reject(*args: Any) -> Any:
         if _symbolic_trace._find_proxy(args, {}) is not None:
@@ -83,7 +94,8 @@ def _rejecting_checkpoints() -> Iterator[None]:
 
     checkpoint._infer_device_type = reject
     try:
-        yield
+        with replaced(functorch, vmap_impl=reject_vmap):
+            yield
     finally:
         checkpoint._infer_device_type = original
 
@@ -115,6 +127,8 @@ def _telling_types(tracer: Any) -> Iterator[None]:
     """Within: a symbolic value is an instance of what its value on the example inputs is one of.
 
     A property `__class__` of proxies would tell C++ code, too, which then takes a proxy's memory for a tensor's.
+    Code that asks whether a value is symbolic, not to branch on it, is told so only of masks and tokens: of others it
+    shall do what it does when it is not traced.
     """
     original, recording = builtins.isinstance, is_recording(tracer)
     stand_ins = {TrainingMarker, GuardedProxy, GuardedAttribute}
@@ -126,13 +140,90 @@ def _telling_types(tracer: Any) -> Iterator[None]:
         if kind is TrainingMarker:
             return original(value, classes) or original(True, classes)
         if issubclass(kind, classes):
-            return True
+            return _is_own(sys._getframe(1)) or tracer.may_vary(value)
         if tracer.arguments is None and not original(classes, tuple) and classes not in _TYPES_OF_VALUES:
             return False
         return original(tracer.instance(value), classes)
 
     with replaced(builtins, isinstance=is_instance):
         yield
+
+
+def _is_own(frame: FrameType) -> bool:
+    """Whether the code of a frame is torch's or this library's."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in ("torch", "saq_fx")
+
+
+class _WholeNumber(type):
+    """Makes `int` and `float` nodes of what sizes decide, where code calls them; they are the types otherwise."""
+
+    tracer: Any
+    original: Any
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        original = cls.original
+        if len(args) != 1 or kwargs or type(args[0]) not in (GuardedProxy, GuardedAttribute):
+            return original(*args, **kwargs)
+        return cls.tracer.number(original, args[0])
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, cls.original)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, cls.original)
+
+    def __eq__(cls, other: Any) -> bool:
+        return other is cls.original or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(cls.original)
+
+
+@contextmanager
+def _recording_numbers(tracer: Any) -> Iterator[None]:
+    """Within: `int`, `float` and `len` of symbolic values are symbolic, too, where only sizes decide them."""
+    recording, length = is_recording(tracer), builtins.len
+
+    def symbolic_length(value: Any, /) -> Any:
+        is_symbolic = type(value) in (GuardedProxy, GuardedAttribute) and value.tracer is tracer and recording()
+        return tracer.length(value) if is_symbolic and not _is_own(sys._getframe(1)) else length(value)
+
+    names = {
+        original.__name__: _WholeNumber(original.__name__, (original,), {"tracer": tracer, "original": original})
+        for original in (int, float)
+    }
+    kinds = {kind for module in tracer.root.modules() for kind in type(module).__mro__}
+    held = [(table, kind) for kind in kinds if (table := _globals_of(kind)) is not None]
+    tables = {id(table): table for table, _ in held}
+    # Torch and numpy know the types themselves only.
+    code = [*((table, table) for table in tables.values()), *((table, vars(kind)) for table, kind in held)]
+    kept = {(id(table), name) for table, functions in code for name in names if _ask_for_type(functions.values(), name)}
+    changed = [
+        (table, name)
+        for key, table in tables.items()
+        for name in names
+        if name not in table and (key, name) not in kept
+    ]
+    try:
+        for table, name in changed:
+            table[name] = names[name]
+        with replaced(builtins, len=symbolic_length):
+            yield
+    finally:
+        for table, name in changed:
+            del table[name]
+
+
+def _ask_for_type(functions: Iterable[Any], name: str) -> bool:
+    return any(asks_for_type(each, name) for each in functions)
+
+
+def _globals_of(kind: type) -> dict[str, Any] | None:
+    """The globals of the code of a class that is neither torch's nor this library's."""
+    if kind.__module__.partition(".")[0] in ("torch", "saq_fx", "builtins"):
+        return None
+    forward = inspect.unwrap(vars(kind).get("forward", None) or (lambda: None))
+    return getattr(forward, "__globals__", None) or vars(sys.modules.get(kind.__module__, object()))
 
 
 class _RealParameters(TorchFunctionMode):

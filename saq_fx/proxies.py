@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import fx
 from torch.fx import _symbolic_trace
 
@@ -79,6 +80,23 @@ class GuardedProxy(fx.Proxy):
             proxy.tracer.drop_guards_of_call(sys._getframe(1))
         return super().__torch_function__(orig_method, types, args, kwargs)
 
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+    def __round__(self, *digits: int) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
+    def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """`np.sqrt` of a size is recorded; numpy's numbers leave `2 * tensor` to the tensor."""
+        binary = _OPERATORS.get(function) if method == "__call__" and not kwargs else None
+        if binary is not None:
+            return self.tracer.create_proxy("call_function", binary, args, {})
+        return self.tracer.numpy_call(function if method == "__call__" else getattr(function, method), args, kwargs)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """`np.prod` of a shape is recorded."""
+        return self.tracer.numpy_call(function, args, kwargs)
+
     def __int__(self) -> int:
         return int(self.tracer.concrete(self, "int"))
 
@@ -90,6 +108,15 @@ class GuardedAttribute(fx.proxy.Attribute, GuardedProxy):
     """An attribute of a value, or a method of it that is about to be called."""
 
 
+_OPERATORS = {
+    np.multiply: operator.mul,
+    np.add: operator.add,
+    np.subtract: operator.sub,
+    np.true_divide: operator.truediv,
+    np.floor_divide: operator.floordiv,
+    np.power: operator.pow,
+    np.remainder: operator.mod,
+}
 _OWN_ATTRIBUTES = ("tracer", "node", "root", "attr", "_node")
 
 

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -19,11 +20,12 @@ INPUT = ""
 
 @dataclass
 class Calls:
-    """How a module was called from Python code: inputs (one of each kind of shapes), and where they came from."""
+    """How a module was called from Python code: inputs (one of each kind), where from, and whether under `vmap`."""
 
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    shapes: list[Any] = field(default_factory=list)
+    kinds: list[Any] = field(default_factory=list)
     origins: set[nn.Module | str] = field(default_factory=set)
+    is_transformed: bool = False
 
 
 class CallRecorder(TorchFunctionMode):
@@ -31,7 +33,7 @@ class CallRecorder(TorchFunctionMode):
 
     `calls` are the modules called; `operations` the names of operations with multiply-adds that such code runs itself,
     each with the module whose code it is. The origins of a call are those called modules whose outputs its inputs were
-    computed from, and `INPUT`.
+    computed from, and `INPUT`. Once `is_open` is False, only more inputs of the calls found so far are noted.
 
     Args:
         model: what is going to run.
@@ -42,6 +44,7 @@ class CallRecorder(TorchFunctionMode):
         super().__init__()
         self.calls: dict[nn.Module, Calls] = {}
         self.operations: dict[str, nn.Module] = {}
+        self.is_open = True
         self._model, self._python = model, set(python)
         self._paths = {module: path for path, module in model.named_modules()}
         self._stack: list[nn.Module] = []
@@ -68,12 +71,14 @@ class CallRecorder(TorchFunctionMode):
         return bool(self._stack) and self._stack[-1] in self._python
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_called_from_python() and module not in self._python:
+        if self._is_called_from_python() and module not in self._python and (self.is_open or module in self.calls):
             calls = self.calls.setdefault(module, Calls())
             calls.origins.update(*(self._origins.get(tensor, ()) for tensor in tensors_in((args, kwargs))))
-            shapes = [(tensor.shape, tensor.dtype) for tensor in tensors_in((args, kwargs))]
-            if shapes not in calls.shapes:
-                calls.shapes.append(shapes)
+            kind = _kind((args, kwargs))
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors_in((args, kwargs))):
+                calls.is_transformed = True
+            elif kind not in calls.kinds:
+                calls.kinds.append(kind)
                 calls.inputs.append((args, kwargs))
         self._stack.append(module)
 
@@ -89,7 +94,7 @@ class CallRecorder(TorchFunctionMode):
         """Passes on where values came from; in-place functions pass it to what they change."""
         output = func(*args, **(kwargs or {}))
         name = arithmetic_called(func) if self._is_called_from_python() else None
-        if name is not None:
+        if name is not None and self.is_open:
             self.operations[join_path(self._paths[self._stack[-1]], name)] = self._stack[-1]
         operands = tensors_in((args, kwargs or {}))
         origins = set().union(*(self._origins.get(tensor, ()) for tensor in operands))
@@ -99,3 +104,14 @@ class CallRecorder(TorchFunctionMode):
             for tensor in operands[:1] if output is None else tensors_in(output):
                 self._origins[tensor] = origins
         return output
+
+
+def _kind(value: Any) -> Any:
+    """What guards of a graph may ask of arguments: shapes and types of tensors, and all that is plain."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, list | tuple):
+        return [_kind(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _kind(item) for name, item in value.items()}
+    return value if isinstance(value, bool | int | float | str | None) else type(value)

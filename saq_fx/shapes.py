@@ -55,10 +55,10 @@ def measure(gm: SaqGraphModule, example_inputs: ExampleInputs, watch: Watch) -> 
     batch = _batch_size((args, kwargs))
     if batch is None or batch == 1:
         return whole
-    args, kwargs = _first_sample((args, kwargs))
     try:
+        args, kwargs = _first_sample((args, kwargs))
         single = _run(gm, args, kwargs, watch)
-    except TracingError:
+    except (TracingError, RuntimeError):  # torch cannot cut sparse tensors
         return whole
     return single if _cut_only_the_batch(whole.shapes, single.shapes, batch) else whole
 

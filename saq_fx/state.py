@@ -196,14 +196,14 @@ def unmoved(model: nn.Module) -> Iterator[None]:
         for module, snapshot in saved.items():
             held = vars(module)
             names = {*held, *snapshot.values}.difference(_STRUCTURE)
-            snapshot.put_back(held, [name for name in names if not _is_same(held.get(name), snapshot.before(name))])
+            snapshot.put_back(held, [name for name in names if not is_same(held.get(name), snapshot.before(name))])
 
 
 def _holder(module: nn.Module, name: str) -> dict[str, Any]:
     return module._buffers if name in module._buffers else vars(module)
 
 
-def _is_same(value: Any, before: Any) -> bool:
+def is_same(value: Any, before: Any) -> bool:
     """Whether nothing was put in the place of what was there, nor into it."""
     if value is before:
         return True
@@ -223,7 +223,7 @@ def _is_moved(held: Mapping[str, Any], name: str, snapshot: _Snapshot) -> bool:
         return False
     if isinstance(value, _PLAIN):
         return type(value) is not type(before) or value != before
-    return (type(value) in (list, dict) and not _is_same(value, before)) or any(True for _ in _proxies(value))
+    return (type(value) in (list, dict) and not is_same(value, before)) or any(True for _ in _proxies(value))
 
 
 def _is_state(value: Any, is_data: Callable[[fx.Node, bool], bool]) -> bool:

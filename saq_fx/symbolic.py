@@ -6,11 +6,14 @@ import operator
 import os
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from numbers import Real
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
@@ -22,6 +25,7 @@ from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
 from saq_fx.graph import attribute_at
 from saq_fx.modes import flag_path
+from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched
 from saq_fx.proxies import GuardedProxy, TrainingMarker
 from saq_fx.runtime import (
@@ -74,6 +78,7 @@ class SymbolicTracer(fx.Tracer):
         self.untraceable = dict(leaves)
         self.kept: Kept = {}
         self.scopes_without_gradients = 0
+        self._built = 0  # objects that nodes build
         self._positional = positional
         self._forgotten = forgotten
         self._examples = ExampleValues(self, arguments or {})
@@ -82,6 +87,7 @@ class SymbolicTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Records `root.forward`; `kept` then says what state it keeps in attributes."""
+        self.root = root
         self._paths = set(root.modules())
         self._attributes = Attributes(root)
         self._gradients = GradientFlow(root, self.arguments)
@@ -126,15 +132,33 @@ class SymbolicTracer(fx.Tracer):
         return GuardedProxy(node, self)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node; an error where the model computes it without gradients that the graph would give it."""
+        """A node; detached where the model computes it without gradients that the graph would give it."""
         node = super().create_node(kind, target, *args, **kwargs)
         if self.scopes_without_gradients and self._gradients.reaches(node):
-            if self.arguments is None or not _is_without_gradient(self._examples.value(node)):
-                raise TracingError(f"{node} is computed under no_grad, and gradients would reach it in a graph")
-            self._gradients.stops_at(node)
+            return self._without_gradient(node)
         if kind == "call_method" and target == "backward":
             raise TracingError("forward computes gradients, which no graph does")
         return node
+
+    def _without_gradient(self, node: fx.Node) -> fx.Node:
+        """A node under `no_grad`: the same without a history, where it has values that could have one."""
+        value: Any = None if self.arguments is None else self._examples.value(node)
+        if _is_without_gradient(value):
+            self._gradients.stops_at(node)
+            return node
+        if node.op == "get_attr":  # a parameter itself has its gradient again outside of the scope
+            return node
+        if not (writes_first(node) or "out" in node.kwargs):
+            if isinstance(value, Tensor):
+                return self._detached(node)
+            if type(value) in (list, tuple) and all(isinstance(item, Tensor) for item in value):
+                create = super().create_node
+                picked = [create("call_function", operator.getitem, (node, index), {}) for index in range(len(value))]
+                return create("call_function", type(value), ([self._detached(item) for item in picked],), {})
+        raise TracingError(f"{node} is computed under no_grad, and gradients would reach it in a graph")
+
+    def _detached(self, node: fx.Node) -> fx.Node:
+        return super().create_node("call_method", "detach", (node,), {})
 
     def _depends_on_data(self, node: fx.Node, or_parameters: bool) -> bool:
         """Whether a value depends on more of the inputs than their sizes, or on parameters if these count too."""
@@ -160,6 +184,11 @@ class SymbolicTracer(fx.Tracer):
             return a.node
         if isinstance(a, TrainingMarker):
             return self._flag_node(a.owner)
+        if isinstance(a, np.generic):
+            return a.item()
+        if type(a) is OrderedDict:
+            items = [(name, self.create_arg(value)) for name, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
         if isinstance(a, dict) and dataclasses.is_dataclass(a):
             # A dictionary to fx, of which its own type would not come back (the outputs of transformers).
             items = {name: self.create_arg(value) for name, value in a.items()}
@@ -175,6 +204,7 @@ class SymbolicTracer(fx.Tracer):
             return self.create_node("call_function", find_class, (class_name(value),), {})
         if not hasattr(value, "__dict__") or not is_importable(type(value)):
             raise NotImplementedError(f"an argument or output of type {type(value).__name__}")
+        self._built += 1
         attributes = {name: self.create_arg(each) for name, each in vars(value).items()}
         return self.create_node("call_function", build_object, (class_name(type(value)), attributes), {})
 
@@ -187,6 +217,9 @@ class SymbolicTracer(fx.Tracer):
         if self.arguments is None or m is self.root:
             _reject_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
+        if path in self.untraceable:
+            return self._python_leaf(path, args, kwargs)
         last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()
         try:
             _reject_backward_hooks(m)
@@ -198,10 +231,20 @@ class SymbolicTracer(fx.Tracer):
             self.module_stack = stack
             self._attributes.restore(m)
             self._erase_after(last)
-            path = self.path_of_module(m)
-            proxy = self.create_proxy("call_module", path, args, kwargs)
-            self.untraceable.setdefault(path, place_and_cause(error))
-            return proxy
+            self.untraceable[path] = place_and_cause(error)
+            return self._python_leaf(path, args, kwargs)
+
+    def _python_leaf(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+        """A call of a module that stays Python code; an error if that changes what it is given other than tensors."""
+        built = self._built
+        proxy = self.create_proxy("call_module", path, args, kwargs)
+        if self._built != built:
+            raise TracingError(f"module {path!r} stays Python code, and may change an object that it is given")
+        if any(type(each) in (list, dict) for each in (*args, *kwargs.values())):
+            self._examples.value(proxy.node)
+            if proxy.node in self._examples.changed_arguments:
+                raise TracingError(f"module {path!r} stays Python code, and changes a list or dictionary of its caller")
+        return proxy
 
     def _erase_after(self, last: fx.Node | None) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -246,6 +289,19 @@ class SymbolicTracer(fx.Tracer):
         place = f"{self.scope.module_path or type(self.root).__name__}, {_line_of_user()}"
         self.create_node("call_function", require_same_path, (node, kind, expected, place), {})
 
+    def number(self, kind: Callable[[Any], Any], obj: fx.Proxy) -> Any:
+        """`int` or `float` of a proxy: symbolic of a number that sizes decide, from the example inputs otherwise."""
+        value = self.example(obj)
+        if not isinstance(value, Real) or self._examples.is_computed(obj.node, kind.__name__):
+            return self.concrete(obj, kind.__name__)
+        return self.create_proxy("call_function", kind, (obj,), {})
+
+    def length(self, obj: fx.Proxy) -> Any:
+        """The length of a tensor, symbolic; of all else that of the example inputs."""
+        if not isinstance(self.example(obj), Tensor) or self._examples.is_computed(obj.node, "len"):
+            return self.concrete(obj, "len")
+        return obj.size(0)
+
     def index(self, obj: fx.Proxy, frame: FrameType) -> int:
         """The int of a proxy, guarded, which code in that frame asks for."""
         expected = int(self.concrete(obj, "int"))
@@ -278,6 +334,22 @@ class SymbolicTracer(fx.Tracer):
         if self._examples.may_change_type(obj.node):
             self._guard(obj.node, "type", CONCRETE["type"](value))
         return value
+
+    def may_vary(self, obj: fx.Proxy) -> bool:
+        """Whether a value is a setting that other inputs may bring otherwise: integers or booleans of theirs."""
+        if self.arguments is None:
+            return True
+        value = self.example(obj)
+        is_number = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        return not is_number and self._depends_on_data(obj.node, or_parameters=False)
+
+    def numpy_call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> fx.Proxy:
+        """A function of numpy of sizes and other plain numbers; of tensors it is an error."""
+        found: list[Any] = []
+        fx.node.map_aggregate((args, kwargs), lambda item: found.append(item))
+        if any(isinstance(each, fx.Proxy) and isinstance(self.example(each), Tensor) for each in found):
+            raise TracingError(f"forward calls {function} of a tensor, which no graph does")
+        return self.create_proxy("call_function", function, args, kwargs)
 
     def example(self, obj: fx.Proxy) -> Any:
         """The value of a proxy on the example inputs; raises TracingError where there are none."""
@@ -325,13 +397,15 @@ class SymbolicTracer(fx.Tracer):
         return open_multihead_attention(attention, parameter, training, *args, **kwargs)
 
     def _root_argument(self, name: str, parameter: inspect.Parameter) -> Any:
-        if name not in self.fixed:
+        is_none = name in (self.arguments or {}) and (self.arguments or {})[name] is None
+        if name not in self.fixed and not is_none:
             default = () if parameter.default is parameter.empty else (parameter.default,)
             return self.create_proxy("placeholder", name, default, {})
-        default = self.fixed[name]
-        if default is None or isinstance(default, bool | int | float | str):
-            placeholder = self.create_proxy("placeholder", name, (default,), {})
-            self.create_node("call_function", require_default, (placeholder.node, default, name), {})
+        # Code asks by `is None`, which a symbolic value cannot answer.
+        fixed = self.fixed.get(name)
+        if fixed is None or isinstance(fixed, bool | int | float | str):
+            placeholder = self.create_proxy("placeholder", name, (fixed,), {})
+            self.create_node("call_function", require_default, (placeholder.node, fixed, name), {})
         return None
 
 

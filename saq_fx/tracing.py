@@ -11,10 +11,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -26,7 +28,7 @@ from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
 from saq_fx.nested import cloned
 from saq_fx.proxies import TrainingMarker
 from saq_fx.sharpness import preserve_buffers
-from saq_fx.state import HookTables, Kept, forgotten
+from saq_fx.state import HookTables, Kept, forgotten, unmoved
 from saq_fx.symbolic import SymbolicTracer, place_and_cause
 
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
@@ -61,14 +63,16 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqG
     return trace_symbolically(model, None if example_inputs is None else split_inputs(example_inputs))[0]
 
 
-def trace_symbolically(model: nn.Module, inputs: Inputs | None) -> tuple[SaqGraphModule, dict[str, str]]:
-    """A graph of the model itself, and the submodules that had to stay leaves: path -> reason.
+def trace_symbolically(
+    model: nn.Module, inputs: Inputs | None, leaves: Mapping[str, str] = MappingProxyType({})
+) -> tuple[SaqGraphModule, dict[str, str]]:
+    """A graph of the model itself, and the submodules that had to stay `leaves`: path -> reason.
 
     Raises:
         TracingError: naming the module and the source line that symbolic tracing cannot follow.
     """
     arguments = _arguments(model, inputs)
-    graph, untraceable = _symbolic_graph(model, arguments, modes_of(model))
+    graph, untraceable = _symbolic_graph(model, arguments, modes_of(model), leaves)
     add_flags(model, graph)
     gm = SaqGraphModule(model, graph, type(model).__name__)
     gm.keep_modes(frozen_modes(model))
@@ -78,12 +82,15 @@ def trace_symbolically(model: nn.Module, inputs: Inputs | None) -> tuple[SaqGrap
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy; raises TracingError, saying why and what to do, for a model that has none."""
-    # torch.nn.utils.weight_norm and spectral_norm leave a weight with a history, which they make anew at each call.
+    # Hooks of torch.nn.utils (weight_norm, spectral_norm, prune) leave a weight with a history, made anew at each call.
     memo: dict[int, Any] = {}
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            weight = vars(module).get(getattr(hook, "name", ""))
-            if isinstance(hook, WeightNorm | SpectralNorm) and isinstance(weight, Tensor) and not weight.is_leaf:
+            weight = vars(module).get(
+                getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", "")
+            )
+            is_made_anew = isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod)
+            if is_made_anew and isinstance(weight, Tensor) and not weight.is_leaf:
                 memo[id(weight)] = weight.detach().clone()
     try:
         return copy.deepcopy(model, _copies_of_empty_tables(model) | memo)
@@ -147,13 +154,17 @@ def modes_of(model: nn.Module) -> dict[bool, dict[nn.Module, bool]]:
     if all(type(each).train is nn.Module.train and "train" not in vars(each) for each in modules):
         return {mode: dict.fromkeys(modules, mode) for mode in (True, False)}
     modes, trainable = [each.training for each in modules], [each.requires_grad for each in model.parameters()]
+    values = [parameter.detach().clone() for parameter in model.parameters()]
     try:
         found = {}
-        for mode in (True, False):
-            model.train(mode)
-            found[mode] = {each: each.training for each in modules}
+        with unmoved(model):
+            for mode in (True, False):
+                model.train(mode)
+                found[mode] = {each: each.training for each in modules}
         return found
     finally:
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            parameter.data.copy_(value)
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
         for parameter, flag in zip(model.parameters(), trainable, strict=True):
@@ -211,9 +222,12 @@ def _trace_in_mode(
 
 
 def _symbolic_graph(
-    model: nn.Module, arguments: _Arguments, modes: Mapping[bool, Mapping[nn.Module, bool]]
+    model: nn.Module,
+    arguments: _Arguments,
+    modes: Mapping[bool, Mapping[nn.Module, bool]],
+    known_leaves: Mapping[str, str],
 ) -> tuple[fx.Graph, dict[str, str]]:
-    mode, leaves = model.training, dict[str, str]()
+    mode, leaves = model.training, dict(known_leaves)
     while True:
         own = _trace_in_mode(model, arguments, leaves, modes[mode])
         if not own.steering:

@@ -55,7 +55,11 @@ def may_multiply(gm: SaqGraphModule, node: fx.Node) -> bool:
     """Whether a node is neither a layer nor known to have no multiply-adds."""
     if node.op == "call_module":
         module = called_module(gm, node)
-        is_plain = type(module).__module__.startswith(("torch.nn", "saq_fx")) and not has_weights(module)
+        own = type(module).__module__
+        # A parametrization (spectral norm) computes with the weight that it is given.
+        is_plain = own.startswith(("torch.nn", "saq_fx")) and not (
+            own.startswith("torch.nn.utils") or has_weights(module)
+        )
         return not (is_plain or isinstance(module, SaqGraphModule))
     if node.op not in ("call_function", "call_method"):
         return False

@@ -245,8 +245,10 @@ def test_all_of_it_is_quantized_trained_and_copied(name: str) -> None:
     model, x = make(), torch.randn(2, 3, 8, 8)
     gm = prepare_saq(model, example_inputs=x)
     report = precision_report(gm)
-    assert report.quantized_share == 1
-    assert report.uncounted == ()
+    # What parametrizations multiply to make a weight stays in float.
+    assert report.quantized_share == report.total_macs / (report.total_macs + report.uncounted_macs)
+    assert all(".parametrizations." in each for each, _ in report.uncounted)
+    assert bool(report.uncounted) == (name == "parametrized")
     assert {row.name for row in report.rows} == names
     assert set(model.state_dict()) < set(gm.state_dict())
     gm.load_state_dict(model.state_dict())

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from saq_fx.graph import layers
 from saq_fx.prepare import prepare_saq
 from saq_fx.report import precision_report
 from tests.test_hostile import assert_same
+from tests.test_prepare import assert_same_function
 
 
 class Scaled(nn.Linear):
@@ -97,3 +99,109 @@ def test_a_name_of_graphs_is_not_taken_for_the_module_s_own() -> None:
     assert_same(model, gm, x)
     reason = "Clashing.graph has the name of an attribute of graphs: rename it"
     assert precision_report(gm).uncounted == (("1.inner", reason),)
+
+
+class Appending(nn.Module):
+    """Stays Python, and adds to a list of its caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, found: list[Tensor]) -> Tensor:
+        x = self.layer(x)
+        if x.abs().sum() > 1e9:
+            x = x / 2
+        found.append(x.relu())
+        return x
+
+
+class Collecting(nn.Module):
+    """Hands a list to modules, and goes on with what they have put there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = Appending(), Appending(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        x = self.second(self.first(x, found), found)
+        return [self.head(x + found[0]), *found]
+
+
+def test_lists_that_python_parts_change() -> None:
+    model, x = Collecting(), torch.randn(2, 8)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert_same_function(model, gm, x)
+    assert {layer.name for _, layer in layers(gm)} == {"first.layer", "second.layer", "head"}
+
+
+class Shifting(nn.Module):
+    """Uses a state where it is given one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor, state: list[Tensor] | None) -> Tensor:
+        if state is not None:
+            x = x + state[0]
+        return self.layer(x)
+
+
+class WithState(nn.Module):
+    """Hands a state on in evaluation only, asks a layer for the bias that it has not, and for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Shifting()
+        self.plain = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9 or self.plain.bias is not None:
+            x = x / 2
+        return self.plain(self.inner(x, None if self.training else [x.square()]))
+
+
+def test_parts_take_what_only_training_hands_to_them() -> None:
+    model, x = WithState(), torch.randn(2, 8)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert_same_function(model, gm, x)
+    assert {layer.name for _, layer in layers(gm)} == {"inner.layer", "plain"}
+
+
+class Mapped(nn.Module):
+    """Calls a layer for each sample under vmap, and another one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.all = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = torch.vmap(self.each)(x)
+        return self.all(h)
+
+
+def test_what_runs_under_vmap_is_listed() -> None:
+    model, x = Mapped(), torch.randn(2, 8)
+    assert_same_function(model, prepare_saq(model, example_inputs=x, precision=None), x)
+    report = precision_report(prepare_saq(model, example_inputs=x))
+    assert [row.name for row in report.rows] == ["all"]
+    assert ("each", "runs under torch.vmap, in which nothing is quantized") in report.uncounted
+
+
+class Typed(nn.Module):
+    """Asks for tensors of Python's types, which torch and numpy know by identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.ones(x.shape[0], 1, dtype=int) + torch.from_numpy(np.ones(3).astype(float)).sum()
+        return self.layer(x) * steps.to(x.dtype)
+
+
+def test_types_of_python_as_types_of_tensors() -> None:
+    model, x = Typed(), torch.randn(2, 8)
+    assert_same_function(model, prepare_saq(model, example_inputs=x, precision=None), x)

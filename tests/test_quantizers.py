@@ -188,6 +188,25 @@ def test_a_collapsed_level_is_held_and_can_grow_again(kind: str) -> None:
     assert (quantizer.level.grad != 0).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dtype: StepQuantizer(4, signed=True, dtype=dtype),
+        lambda dtype: StepQuantizer(4, signed=True, offset=True, dtype=dtype),
+        lambda dtype: ClipActivationQuantizer(4, dtype=dtype),
+    ],
+)
+def test_values_near_the_smallest_number_stay_finite(make: Any, dtype: torch.dtype) -> None:
+    x = torch.tensor([0.0, 1.0, 3.0, -2.0], dtype=dtype) * torch.finfo(dtype).smallest_normal / 8
+    x.requires_grad_()
+    quantizer = make(dtype)
+    y = quantizer(x)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(each.grad.isfinite().all() for each in (x, *quantizer.parameters()))
+
+
 def test_float_bits_are_the_identity() -> None:
     quantizer = ClipActivationQuantizer(32)
     x = data()

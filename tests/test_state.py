@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from saq_fx.annotation import record_of
 from saq_fx.errors import TracingError
 from saq_fx.graph import layers
 from saq_fx.prepare import prepare_saq
 from saq_fx.report import precision_report
+from tests.test_prepare import assert_same_function
 
 V = torch.linspace(-1, 1, 80).reshape(2, 5, 8)
 
@@ -206,6 +208,22 @@ class Frozen(Pair):
         return h + positions.to(h.device) + h.argmax(-1, keepdim=True)
 
 
+class Backbone(nn.Module):
+    """A backbone, a pair of views and a list under no_grad, and a layer that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(5), nn.ReLU(inplace=True))
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.backbone(x)
+            left, right = features.chunk(2, -1)
+            weight = self.a.weight
+        return F.linear(torch.cat([right, left], -1), weight, self.a.bias) + self.a(features)
+
+
 def enabled_without() -> Any:
     return torch.set_grad_enabled(False)
 
@@ -213,15 +231,17 @@ def enabled_without() -> Any:
 @pytest.mark.parametrize(
     ("model", "way", "names"),
     [
-        (Scoped(torch.no_grad), "by parts", ("a", "b")),
+        (Scoped(torch.no_grad), "symbolic", ("a", "b")),
         (Scoped(torch.enable_grad), "by parts", ("a", "b")),
         (Scoped(enabled_without), "by parts", ("a", "b")),
-        (Decorated(), "by parts", ("a", "b")),
-        (nn.Sequential(Decorated(), nn.Linear(8, 8)), "by parts", ("0.a", "0.b", "1")),
+        (Decorated(), "symbolic", ("a", "b")),
+        (nn.Sequential(Decorated(), nn.Linear(8, 8)), "symbolic", ("0.a", "0.b", "1")),
         (Asking(), "by parts", ("a", "b")),
         (Filling(), "by parts", ("a", "b")),
         (Averaged(), "by parts", ("a", "b", "teacher")),
         (Frozen(), "symbolic", ("a", "b", "matmul")),
+        (Backbone(), "symbolic", ("a", "a@1", "backbone.0")),
+        (nn.utils.spectral_norm(nn.Linear(8, 8)), "symbolic", ("linear",)),
     ],
 )
 def test_scopes_without_gradients(model: nn.Module, way: str, names: tuple[str, ...]) -> None:
@@ -581,3 +601,43 @@ def test_models_in_other_states() -> None:
         gm = prepare_saq(model, example_inputs=V.clone())
     gm(V).sum().backward()
     assert all(each.grad is not None for each in gm.parameters())
+
+
+def test_pruned_models() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    gm = prepare_saq(model, example_inputs=V, precision=None)
+    assert_same_function(model, gm, V)
+    assert torch.equal(copy.deepcopy(gm)(V), gm(V))
+    assert {layer.name for _, layer in layers(gm)} == {"0", "2"}
+
+
+class Merging(nn.Linear):
+    """A low-rank addition to a weight, put into it by `eval()`, as LoRA's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.low = nn.Parameter(torch.randn(2, 8))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if mode == self.merged:
+            sign = -1 if mode else 1
+            self.weight.data += sign * self.low.T @ self.low
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.low.T @ self.low
+
+
+def test_a_train_that_changes_weights_leaves_the_prepared_ones_alone() -> None:
+    model = nn.Sequential(Merging(), nn.ReLU(), nn.Linear(8, 8))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gm = prepare_saq(model, example_inputs=V, precision=None)
+    for each in (model, gm):
+        assert all(torch.equal(value, state[name]) for name, value in each.state_dict().items())
+    assert torch.equal(gm(V), model(V))
+    assert torch.allclose(gm.eval()(V), model.eval()(V), atol=1e-5)

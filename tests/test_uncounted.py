@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
 
 from saq_fx.checkpoint import load, save
 from saq_fx.graph import layers
@@ -31,6 +32,27 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.body(self, self.a(x)))
+
+
+@torch.library.custom_op("saq_tests::scaled_product", mutates_args=())
+def scaled_product(x: Tensor, weight: Tensor) -> Tensor:
+    """An operation that torch knows nothing about."""
+    return 2 * (x @ weight)
+
+
+@pytest.mark.parametrize(
+    ("norm", "macs"),
+    [
+        # u' W v: a product of a matrix and a vector, and one of two vectors
+        (nn.utils.parametrizations.spectral_norm, 8 * 8 + 8),
+        (nn.utils.parametrizations.weight_norm, 0),
+    ],
+)
+def test_products_of_parametrizations_are_listed(norm: Any, macs: int) -> None:
+    found = report(nn.Sequential(norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8)))
+    assert [row.macs for row in found.rows] == [LINEAR_MACS] * 2
+    assert [name for name, _ in found.uncounted] == ["0.parametrizations.weight.0"] * (macs > 0)
+    assert found.uncounted_macs == macs
 
 
 def report(model: nn.Module, inputs: Any = V) -> PrecisionReport:
@@ -66,6 +88,17 @@ LISTED: dict[str, tuple[Body, int]] = {
     "rfftn": (lambda m, h: torch.fft.irfftn(torch.fft.rfftn(h)), 0),
     "stft": (lambda m, h: h + torch.stft(h[0, 0], 8, window=torch.ones(8), return_complex=True).abs().sum(), 0),
     "cov": (lambda m, h: h + torch.cov(h[0]).sum(), 5 * 8 * 5),
+    "deform_conv2d": (
+        # Every weight of the kernel meets 3 x 6 places.
+        lambda m, h: (
+            h
+            + deform_conv2d(
+                h[:, None], torch.zeros(h.shape[0], 18, 3, 6), m.w[None, :1, :3, None].expand(2, 1, 3, 3)
+            ).mean()
+        ),
+        2 * 3 * 6 * 9,
+    ),
+    "other_library": (lambda m, h: scaled_product(h, m.w), 0),
     "einsum_of_three": (lambda m, h: torch.einsum("bij,jk,kl->bil", h, m.w, m.w), 2 * LINEAR_MACS),
 }
 

@@ -25,10 +25,10 @@ from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
 from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
+from saq_fx.places import place_and_cause
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.resizing import refusing_module
 from saq_fx.shapes import interpreted, without_trace
-from saq_fx.symbolic import place_and_cause
 from saq_fx.tracing import (
     ExampleInputs,
     Inputs,

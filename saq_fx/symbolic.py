@@ -3,47 +3,36 @@
 import dataclasses
 import inspect
 import operator
-import os
-import sys
-import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from numbers import Real
-from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
 from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.bytecode import multiplies
-from saq_fx.dataflow import reads_shape_only
 from saq_fx.errors import TracingError
-from saq_fx.example_values import ExampleValues
-from saq_fx.graph import attribute_at
+from saq_fx.guards import GuardedTracer
 from saq_fx.modes import flag_path
 from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched
-from saq_fx.proxies import GuardedProxy, TrainingMarker
+from saq_fx.places import place_and_cause
+from saq_fx.proxies import TrainingMarker
 from saq_fx.runtime import (
-    CONCRETE,
     build_object,
     class_name,
     find_class,
     is_importable,
     require_default,
-    require_same_path,
 )
 from saq_fx.scopes import GradientFlow
 from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance
 
-_LIBRARIES = (torch.__path__[0], os.path.dirname(__file__))
 
-
-class SymbolicTracer(fx.Tracer):
+class SymbolicTracer(GuardedTracer):
     """Records one run of a model's forward on symbolic inputs.
 
     Leaves are torch's own layers, except those that hold other modules, hooks or parametrizations, and modules
@@ -72,8 +61,7 @@ class SymbolicTracer(fx.Tracer):
         leaves: Mapping[str, str],
         forgotten: Kept,
     ) -> None:
-        super().__init__()
-        self.arguments = arguments
+        super().__init__(arguments)
         self.fixed = fixed
         self.untraceable = dict(leaves)
         self.kept: Kept = {}
@@ -81,8 +69,6 @@ class SymbolicTracer(fx.Tracer):
         self._built = 0  # objects that nodes build
         self._positional = positional
         self._forgotten = forgotten
-        self._examples = ExampleValues(self, arguments or {})
-        self._index_guards: list[tuple[fx.Node, FrameType, int]] = []
         self._parameters: dict[str, Any] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -98,7 +84,7 @@ class SymbolicTracer(fx.Tracer):
             with patched(self), rejected_chance():
                 graph = super().trace(root, concrete_args)
             reject_written_buffers(self._forgotten)
-            self.kept = self._attributes.kept(self._depends_on_data)
+            self.kept = self._attributes.kept(self.depends_on_data)
             return graph
         finally:
             self._attributes.restore(root)
@@ -126,10 +112,6 @@ class SymbolicTracer(fx.Tracer):
     def is_evaluating(self) -> bool:
         """Whether what runs now is not recorded, but computes an example value."""
         return self._examples.running
-
-    def proxy(self, node: fx.Node) -> GuardedProxy:
-        """A stand-in for a node's value."""
-        return GuardedProxy(node, self)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A node; detached where the model computes it without gradients that the graph would give it."""
@@ -159,24 +141,6 @@ class SymbolicTracer(fx.Tracer):
 
     def _detached(self, node: fx.Node) -> fx.Node:
         return super().create_node("call_method", "detach", (node,), {})
-
-    def _depends_on_data(self, node: fx.Node, or_parameters: bool) -> bool:
-        """Whether a value depends on more of the inputs than their sizes, or on parameters if these count too."""
-        pending, seen = [node], {node}
-        while pending:
-            each = pending.pop()
-            if each.op in ("placeholder", "call_module"):
-                return True
-            if (
-                or_parameters
-                and each.op == "get_attr"
-                and isinstance(attribute_at(self.root, str(each.target)), nn.Parameter)
-            ):
-                return True
-            if not reads_shape_only(each):
-                pending.extend(source for source in each.all_input_nodes if source not in seen)
-                seen.update(each.all_input_nodes)
-        return False
 
     def create_arg(self, a: Any) -> Any:
         """Lowers an argument; a training flag becomes a node that reads it."""
@@ -262,101 +226,6 @@ class SymbolicTracer(fx.Tracer):
         self._parameters = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """The truth of a value, from the example inputs."""
-        return bool(self.concrete(obj, "bool"))
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Items of a value whose length the example inputs tell."""
-        if not hasattr(self.example(obj), "__getitem__") or isinstance(self.example(obj), Mapping):
-            obj = self.create_proxy("call_function", list, (obj,), {})
-        return iter([operator.getitem(obj, index) for index in range(self.concrete(obj, "len"))])
-
-    def concrete(self, obj: fx.Proxy, kind: str) -> Any:
-        """The bool, len, int or float of a proxy on the example inputs, guarded in the graph.
-
-        Raises:
-            TracingError: there are no example inputs.
-        """
-        value = self.example(obj)
-        if self._examples.is_computed(obj.node, kind):
-            raise TracingError(f"control flow depends on {kind}({obj.node}), which the network computes")
-        expected = CONCRETE[kind](value)
-        self._guard(obj.node, kind, expected)
-        return expected
-
-    def _guard(self, node: fx.Node, kind: str, expected: Any) -> None:
-        place = f"{self.scope.module_path or type(self.root).__name__}, {_line_of_user()}"
-        self.create_node("call_function", require_same_path, (node, kind, expected, place), {})
-
-    def number(self, kind: Callable[[Any], Any], obj: fx.Proxy) -> Any:
-        """`int` or `float` of a proxy: symbolic of a number that sizes decide, from the example inputs otherwise."""
-        value = self.example(obj)
-        if not isinstance(value, Real) or self._examples.is_computed(obj.node, kind.__name__):
-            return self.concrete(obj, kind.__name__)
-        return self.create_proxy("call_function", kind, (obj,), {})
-
-    def length(self, obj: fx.Proxy) -> Any:
-        """The length of a tensor, symbolic; of all else that of the example inputs."""
-        if not isinstance(self.example(obj), Tensor) or self._examples.is_computed(obj.node, "len"):
-            return self.concrete(obj, "len")
-        return obj.size(0)
-
-    def index(self, obj: fx.Proxy, frame: FrameType) -> int:
-        """The int of a proxy, guarded, which code in that frame asks for."""
-        expected = int(self.concrete(obj, "int"))
-        self._index_guards.append((next(reversed(self.graph.nodes)), frame, frame.f_lasti))
-        return expected
-
-    def drop_guards_of_call(self, frame: FrameType | None) -> None:
-        """Takes back guards on integers that were asked for by the call that is about to be recorded, from that frame.
-
-        They are the last nodes of the graph, and the instructions that have led to them are still running.
-        """
-        guards, self._index_guards = self._index_guards, []
-        if not guards:
-            return
-        running: set[tuple[int, int]] = set()
-        while frame is not None:
-            running.add((id(frame), frame.f_lasti))
-            frame = frame.f_back
-        for guard, asking, instruction in reversed(guards):
-            if (id(asking), instruction) not in running or guard is not next(reversed(self.graph.nodes)):
-                break
-            self.graph.erase_node(guard)
-            self._examples.forget(guard)
-
-    def instance(self, obj: fx.Proxy) -> Any:
-        """A value of the type that a proxy stands for, guarded where other inputs may bring another type."""
-        if self.arguments is None:
-            raise TracingError(f"control flow depends on the type of {obj.node}: pass example_inputs to decide it")
-        value = self.example(obj)
-        if self._examples.may_change_type(obj.node):
-            self._guard(obj.node, "type", CONCRETE["type"](value))
-        return value
-
-    def may_vary(self, obj: fx.Proxy) -> bool:
-        """Whether a value is a setting that other inputs may bring otherwise: integers or booleans of theirs."""
-        if self.arguments is None:
-            return True
-        value = self.example(obj)
-        is_number = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-        return not is_number and self._depends_on_data(obj.node, or_parameters=False)
-
-    def numpy_call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> fx.Proxy:
-        """A function of numpy of sizes and other plain numbers; of tensors it is an error."""
-        found: list[Any] = []
-        fx.node.map_aggregate((args, kwargs), lambda item: found.append(item))
-        if any(isinstance(each, fx.Proxy) and isinstance(self.example(each), Tensor) for each in found):
-            raise TracingError(f"forward calls {function} of a tensor, which no graph does")
-        return self.create_proxy("call_function", function, args, kwargs)
-
-    def example(self, obj: fx.Proxy) -> Any:
-        """The value of a proxy on the example inputs; raises TracingError where there are none."""
-        if self.arguments is None:
-            raise TracingError(f"control flow depends on the value of {obj.node}: pass example_inputs to decide it")
-        return self._examples.value(obj.node)
-
     def _flag_node(self, owner: str) -> fx.Node:
         # The flag itself comes later: forward may go through all that its module holds.
         return self.create_node("call_module", flag_path(owner), (), {})
@@ -424,25 +293,3 @@ def _reject_backward_hooks(module: nn.Module) -> None:
 def has_own_call(module: nn.Module) -> bool:
     """Whether calling a module does more than its forward: hooks (as `weight_norm`'s) or parametrizations."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or "parametrizations" in module._modules
-
-
-def place_and_cause(error: BaseException) -> str:
-    """The last line of the user's code on the way to an error, and the first line of its message."""
-    cause = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{_source_line(error)}: {cause}"
-
-
-def _line_of_user() -> str:
-    """The file and line of the code that is running, past torch's and the tracer's."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-        frame = frame.f_back
-    return "no source line" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _source_line(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
-    if not own:
-        return "no source line"
-    return f"{own[-1].filename}:{own[-1].lineno} `{own[-1].line}`"

@@ -26,10 +26,11 @@ from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
 from saq_fx.nested import cloned
+from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
 from saq_fx.sharpness import preserve_buffers
 from saq_fx.state import HookTables, Kept, forgotten, unmoved
-from saq_fx.symbolic import SymbolicTracer, place_and_cause
+from saq_fx.symbolic import SymbolicTracer
 
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from saq_fx.errors import TrainingError
@@ -176,3 +177,94 @@ def test_what_cannot_be_shared_is_refused() -> None:
     fully_shard(net, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards")))
     with pytest.raises(TrainingError, match="sharded over one dimension"):
         SAQ(net, torch.optim.SGD(net.parameters(), 0.1))
+
+
+class Branching(nn.Module):
+    """Runs one layer or the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor, second: bool) -> Tensor:
+        return self.b(x) if second else self.a(x)  # type: ignore[no-any-return]
+
+
+def run_branches(net: nn.Module, data: list[Batch], options: dict[str, Any]) -> dict[str, Any]:
+    """At every step the workers run different layers, in turn."""
+    wrapped = DistributedDataParallel(net, find_unused_parameters=True)
+    opt = SAQ(wrapped, torch.optim.SGD(wrapped.parameters(), RATE), RHO, **options)
+    for step, (x, y) in enumerate(data):
+        second = bool((step + dist.get_rank()) % 2)
+        opt.step(lambda x=x, y=y, second=second: F.cross_entropy(wrapped(x, second), y))  # type: ignore[misc]
+    return {"parameters": dict(net.named_parameters())}
+
+
+def run_unequal_parts(net: nn.Module, data: list[Batch], options: dict[str, Any]) -> dict[str, Any]:
+    """The second worker has more samples, and so more chunks."""
+    wrapped = DistributedDataParallel(net)
+    opt = SAQ(wrapped, torch.optim.SGD(wrapped.parameters(), RATE), RHO, chunk_size=2, **options)
+    for x, y in data:
+        count = 2 + dist.get_rank()
+        opt.step(lambda x, y: F.cross_entropy(wrapped(x), y), x[:count], y[:count])
+    with wrapped.no_sync(), pytest.raises(TrainingError, match=r"inside no_sync\(\)"):
+        opt.step(lambda: wrapped(x).sum(), x)
+    with wrapped.join(), pytest.raises(TrainingError, match=r"inside join\(\).*DistributedSampler"):
+        opt.step(lambda: wrapped(x).sum(), x)
+    return {"parameters": dict(net.named_parameters())}
+
+
+def two_gradients(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """g and g_s of a float module's loss, zero where it does not reach."""
+    g = torch.autograd.grad(loss(), parameters, materialize_grads=True)
+    norm = torch.cat([each.flatten() for each in g]).norm()
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p, each in zip(parameters, g, strict=True):
+            p += RHO * each / norm
+    g_s = torch.autograd.grad(loss(), parameters, materialize_grads=True)
+    with torch.no_grad():
+        for p, each in zip(parameters, before, strict=True):
+            p.copy_(each)
+    return list(g), list(g_s)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("period", [1, 2])
+def test_workers_may_run_different_layers(tmp_path: Path, period: int) -> None:
+    net = Branching()
+    data = [(torch.randn(4, 4, dtype=torch.float64), torch.randint(3, (4,))) for _ in range(4)]
+    (result,) = in_two_processes(run_branches, [(net, data, {"period": period, "beta": 0.0})], tmp_path)
+    parameters = list(net.parameters())
+    for step, (x, y) in enumerate(data):
+        each = []
+        for rank in (0, 1):
+            half = slice(2 * rank, 2 * rank + 2)
+            branch = bool((step + rank) % 2)
+            g, g_s = two_gradients(lambda h=half, b=branch: F.cross_entropy(net(x[h], b), y[h]), parameters)  # type: ignore[misc]
+            each.append([u + v for u, v in zip(g, g_s if (step + 1) % period == 0 else g, strict=True)])
+        with torch.no_grad():
+            for p, first, second in zip(parameters, *each, strict=True):
+                p -= RATE * (first + second) / 2
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(result["parameters"][name], value.data, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_workers_may_have_different_numbers_of_chunks(tmp_path: Path) -> None:
+    net = nn.Linear(4, 3, dtype=torch.float64)
+    data = [(torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(3)]
+    (result,) = in_two_processes(run_unequal_parts, [(net, data, {"period": 1})], tmp_path)
+    parameters = list(net.parameters())
+    for x, y in data:
+        total = [torch.zeros_like(p) for p in parameters]
+        for rank, parts in ((0, [(0, 2)]), (1, [(4, 6), (6, 7)])):
+            for start, end in parts:
+                loss = lambda s=start, e=end: F.cross_entropy(net(x[s:e]), y[s:e])  # type: ignore[misc]  # noqa: E731
+                for sums, u, v in zip(total, *two_gradients(loss, parameters), strict=True):
+                    sums += (end - start) / (2 + rank) * (u + v) / 2
+        with torch.no_grad():
+            for p, each in zip(parameters, total, strict=True):
+                p -= RATE * each
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(result["parameters"][name], value.data, rtol=1e-10, atol=1e-12)

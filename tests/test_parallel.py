@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,10 @@ def run_unequal_parts(net: nn.Module, data: list[Batch], options: dict[str, Any]
     return {"parameters": dict(net.named_parameters())}
 
 
+def loss_on(net: nn.Module, x: Tensor, y: Tensor, *more: bool) -> Tensor:
+    return F.cross_entropy(net(x, *more), y)
+
+
 def two_gradients(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
     """g and g_s of a float module's loss, zero where it does not reach."""
     g = torch.autograd.grad(loss(), parameters, materialize_grads=True)
@@ -241,7 +246,7 @@ def test_workers_may_run_different_layers(tmp_path: Path, period: int) -> None:
         for rank in (0, 1):
             half = slice(2 * rank, 2 * rank + 2)
             branch = bool((step + rank) % 2)
-            g, g_s = two_gradients(lambda h=half, b=branch: F.cross_entropy(net(x[h], b), y[h]), parameters)  # type: ignore[misc]
+            g, g_s = two_gradients(partial(loss_on, net, x[half], y[half], branch), parameters)
             each.append([u + v for u, v in zip(g, g_s if (step + 1) % period == 0 else g, strict=True)])
         with torch.no_grad():
             for p, first, second in zip(parameters, *each, strict=True):
@@ -260,8 +265,8 @@ def test_workers_may_have_different_numbers_of_chunks(tmp_path: Path) -> None:
         total = [torch.zeros_like(p) for p in parameters]
         for rank, parts in ((0, [(0, 2)]), (1, [(4, 6), (6, 7)])):
             for start, end in parts:
-                loss = lambda s=start, e=end: F.cross_entropy(net(x[s:e]), y[s:e])  # type: ignore[misc]  # noqa: E731
-                for sums, u, v in zip(total, *two_gradients(loss, parameters), strict=True):
+                gradients = two_gradients(partial(loss_on, net, x[start:end], y[start:end]), parameters)
+                for sums, u, v in zip(total, *gradients, strict=True):
                     sums += (end - start) / (2 + rank) * (u + v) / 2
         with torch.no_grad():
             for p, each in zip(parameters, total, strict=True):

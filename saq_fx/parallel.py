@@ -60,6 +60,11 @@ class Workers:
         """Whether DDP was told that every step has the same graph."""
         return self.replicated is not None and bool(self.replicated.static_graph)
 
+    @property
+    def finds_unused(self) -> bool:
+        """Whether DDP looks for parameters that a pass does not use."""
+        return self.replicated is not None and self.replicated.find_unused_parameters
+
     def check_step(self) -> None:
         """Raises TrainingError where DDP is told to let the workers part: inside `join()` and `no_sync()`."""
         if self.replicated is None:
@@ -78,7 +83,7 @@ class Workers:
         Not in the last pass of a step where DDP looks for unused parameters: it takes those of all passes since the
         last synchronised one for used, and fails on those of them that the next one does not use.
         """
-        if self.replicated is None or (is_last and self.replicated.find_unused_parameters):
+        if self.replicated is None or (is_last and self.finds_unused):
             return nullcontext()
         return self.replicated.no_sync()
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -255,9 +255,12 @@ class SAQ(Optimizer):
             scaled.backward(torch.full_like(scaled, factor))  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    def _reached(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters() if parameter.grad is not None]
+
     def _with_gradient(self) -> list[nn.Parameter]:
         """Parameters that the loss reached; where workers hold shards, that of any worker."""
-        reached = [parameter for parameter in self._parameters() if parameter.grad is not None]
+        reached = self._reached()
         if not reached:
             raise TrainingError("no parameter of the optimizer got a gradient from the loss: are all frozen?")
         for parameter in reached:
@@ -329,10 +332,12 @@ class SAQ(Optimizer):
                 with ascent.climbed(self.rho), preserve_state(self._module), random_state.replay():
                     moved = moved_share(before, self._weight_codes())
                     self.zero_grad()
+                    if last and self._workers.finds_unused:
+                        _zero_gradients(vanilla)  # DDP fails on those that only earlier passes have used
                     with self._workers.unsynchronized(last):
                         perturbed_loss = self._backward(partial(part.second, each_loss), part.share).mean()
             if len(parts) > 1:
-                _add(sharp, parameters, {}, keep=lasting)
+                _add(sharp, self._reached(), {}, keep=lasting)
             losses.append(part.share * loss)
             perturbed_losses.append(part.share * perturbed_loss)
         loss, perturbed_loss = torch.stack(losses).sum(), torch.stack(perturbed_losses).sum()
@@ -469,6 +474,11 @@ def _gradient(tensor: Tensor) -> Tensor:
     if tensor.grad is None:
         tensor.grad = torch.zeros_like(tensor)
     return local(tensor.grad)
+
+
+def _zero_gradients(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        _gradient(parameter)
 
 
 def _add(

@@ -181,23 +181,22 @@ def test_what_cannot_be_shared_is_refused() -> None:
 
 
 class Branching(nn.Module):
-    """Runs one layer or the other."""
+    """Runs one layer or the other, by turns and by the first sample."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(4, 3, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64)
 
-    def forward(self, x: Tensor, second: bool) -> Tensor:
-        return self.b(x) if second else self.a(x)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, turn: int) -> Tensor:
+        return self.b(x) if (turn + int(x[0, 0] > 0)) % 2 else self.a(x)  # type: ignore[no-any-return]
 
 
 def run_branches(net: nn.Module, data: list[Batch], options: dict[str, Any]) -> dict[str, Any]:
-    """At every step the workers run different layers, in turn."""
     wrapped = DistributedDataParallel(net, find_unused_parameters=True)
     opt = SAQ(wrapped, torch.optim.SGD(wrapped.parameters(), RATE), RHO, **options)
     for step, (x, y) in enumerate(data):
-        second = bool((step + dist.get_rank()) % 2)
-        opt.step(lambda x=x, y=y, second=second: F.cross_entropy(wrapped(x, second), y))  # type: ignore[misc]
+        turn = step + dist.get_rank()
+        opt.step(lambda x, y, turn=turn: F.cross_entropy(wrapped(x, turn), y), x, y)  # type: ignore[misc]
     return {"parameters": dict(net.named_parameters())}
 
 
@@ -215,7 +214,7 @@ def run_unequal_parts(net: nn.Module, data: list[Batch], options: dict[str, Any]
     return {"parameters": dict(net.named_parameters())}
 
 
-def loss_on(net: nn.Module, x: Tensor, y: Tensor, *more: bool) -> Tensor:
+def loss_on(net: nn.Module, x: Tensor, y: Tensor, *more: int) -> Tensor:
     return F.cross_entropy(net(x, *more), y)
 
 
@@ -235,24 +234,31 @@ def two_gradients(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("period", [1, 2])
-def test_workers_may_run_different_layers(tmp_path: Path, period: int) -> None:
-    net = Branching()
-    data = [(torch.randn(4, 4, dtype=torch.float64), torch.randint(3, (4,))) for _ in range(4)]
-    (result,) = in_two_processes(run_branches, [(net, data, {"period": period, "beta": 0.0})], tmp_path)
-    parameters = list(net.parameters())
-    for step, (x, y) in enumerate(data):
-        each = []
-        for rank in (0, 1):
-            half = slice(2 * rank, 2 * rank + 2)
-            branch = bool((step + rank) % 2)
-            g, g_s = two_gradients(partial(loss_on, net, x[half], y[half], branch), parameters)
-            each.append([u + v for u, v in zip(g, g_s if (step + 1) % period == 0 else g, strict=True)])
-        with torch.no_grad():
-            for p, first, second in zip(parameters, *each, strict=True):
-                p -= RATE * (first + second) / 2
-    for name, value in net.named_parameters():
-        torch.testing.assert_close(result["parameters"][name], value.data, rtol=1e-10, atol=1e-12)
+def test_workers_may_run_different_layers(tmp_path: Path) -> None:
+    """From step to step, from worker to worker and from chunk to chunk."""
+    data = [(torch.randn(4, 4, dtype=torch.float64), torch.randint(3, (4,))) for _ in range(6)]
+    for index, (x, _) in enumerate(data):
+        x[:, 0] = torch.tensor([1.0, -1.0 if index % 2 else 1.0, 1.0, -1.0])
+    nets = [Branching() for _ in range(4)]
+    settings = [{"period": period, "chunk_size": size} for period in (1, 2) for size in (1, 2)]
+    jobs = [(net, data, options | {"beta": 0.0}) for net, options in zip(nets, settings, strict=True)]
+    results = in_two_processes(run_branches, jobs, tmp_path)
+    for net, options, result in zip(nets, settings, results, strict=True):
+        parameters, size = list(net.parameters()), options["chunk_size"]
+        for step, (x, y) in enumerate(data):
+            total = [torch.zeros_like(p) for p in parameters]
+            for start in range(0, 4, size):
+                part, turn = slice(start, start + size), step + start // 2
+                g, g_s = two_gradients(partial(loss_on, net, x[part], y[part], turn), parameters)
+                if (step + 1) % options["period"]:
+                    g_s = g
+                for sums, u, v in zip(total, g, g_s, strict=True):
+                    sums += (u + v) * size / 4
+            with torch.no_grad():
+                for p, each in zip(parameters, total, strict=True):
+                    p -= RATE * each
+        for name, value in net.named_parameters():
+            torch.testing.assert_close(result["parameters"][name], value.data, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow

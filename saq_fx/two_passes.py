@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from saq_fx.errors import TrainingError
 from saq_fx.mixtures import HeldMixture, MixtureQuantizer
 from saq_fx.quantizers import Quantizer
-from saq_fx.sharpness import RandomState, ascent_scale, global_norm, inner_product, perturbed
-from saq_fx.state import preserve_state
+from saq_fx.sharpness import RandomState, ascent_scale, global_norm, inner_product, perturbed, preserve_buffers
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class TwoPasses:
         if radius:
             first = {each: self._set_aside(each) for each in seen}
             scale = ascent_scale(norm, radius) - (alignment or 0.0)
-            with self._perturbed(moved, first, scale), preserve_state(self.module), random_state.replay():
+            with self._perturbed(moved, first, scale), preserve_buffers(self.module), random_state.replay():
                 perturbed_loss = self._differentiate(closure)
             norms = norm * self._norm(perturbed_loss, moved)
             product = inner_product([first[each] for each in moved], map(_gradient, moved))

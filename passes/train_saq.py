@@ -333,7 +333,7 @@ class _Run:
         """Of the generators of the CPU, the device (empty if that is the CPU), Python, numpy and the loader."""
         of_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.empty(0)
         name, keys, *rest = np.random.get_state()
-        of_numpy = (name, torch.tensor(keys), *rest)  # in types that are safe to load
+        of_numpy = (name, torch.tensor(keys, dtype=torch.int64), *rest)  # in types that can be sent and safely loaded
         of_loader = [each.get_state() for each in _generators(self.options.batches)]
         return [torch.get_rng_state(), of_device, random.getstate(), of_numpy, *of_loader]
 
@@ -341,7 +341,7 @@ class _Run:
         of_cpu, of_device, of_python, (name, keys, *rest), *of_loader = states
         torch.set_rng_state(of_cpu)
         random.setstate(of_python)
-        np.random.set_state((name, keys.numpy(), *rest))
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(of_device, self.device)
         for generator, state in zip(_generators(self.options.batches), of_loader, strict=True):

@@ -3,13 +3,15 @@
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,6 +38,7 @@ from saq_fx.training import SAQ
 from saq_fx.training_recipe import TrainingRecipe
 
 Batch = tuple[ExampleInputs, Any]
+_PARTS = {"identity", "step", "model", "optimizer", "schedule", "scaler", "random"}
 _LOWER_TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,7 +58,8 @@ class TrainSaq(Pass):
     on several. With a folder, the run leaves a checkpoint there every so many steps, and scalars for TensorBoard:
     both losses, the cosine of their gradients, norms, rho, learning rate and clipping levels. Started again with the
     same folder, it goes on where it stopped, and ends, on a CPU, as if it had not: to the last bit, unless persistent
-    workers of a loader draw random numbers.
+    workers of a loader draw random numbers, or forward keeps state in attributes. Modules in evaluation mode (frozen
+    BatchNorm) stay so if the graph as a whole is in training mode.
 
     Args:
         batches: (inputs, targets), iterated once an epoch: a `DataLoader`, which several processes share out, or a
@@ -109,7 +113,7 @@ class TrainSaq(Pass):
         run.train()
         Pipeline((RemovePerturbations(),)).run(gm)
         if self.recipe.reestimation_batches:
-            inputs = (inputs for inputs, _ in islice(self.batches, self.recipe.reestimation_batches))
+            inputs = (_pair(batch)[0] for batch in islice(self.batches, self.recipe.reestimation_batches))
             ReestimateBatchNorm(inputs).run(gm)
         if run.accelerator.is_main_process and FACTS["shapes"](gm) is None:
             print(precision_report(gm))
@@ -128,7 +132,9 @@ class _Run:
         lower = options.mixed_precision or self.accelerator.mixed_precision
         self.lower_type = _LOWER_TYPES.get(lower)
         self.scaler = GradScaler(self.device.type) if self.lower_type is torch.float16 else None
-        gm.to(self.device).train()
+        gm.to(self.device)
+        if not gm.training:
+            gm.train()
         several = self.accelerator.num_processes > 1
         if several:
             self._set_levels()
@@ -150,7 +156,7 @@ class _Run:
             raise TrainingError("several processes share out the batches of a DataLoader, which batches is not")
         from accelerate.utils import send_to_device
 
-        inputs, _ = send_to_device(next(iter(self.options.batches)), self.device)
+        inputs, _ = _pair(send_to_device(next(iter(self.options.batches)), self.device))
         args, kwargs = split_inputs(inputs)
         with evaluating(self.gm):
             self.gm(*args, **kwargs)
@@ -168,6 +174,7 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "lower type": str(self.lower_type),
             "bits": {name: quantizer.bits for name, quantizer in quantizers.items()},
+            "generators of the loader": len(_generators(self.options.batches)),
         }
 
     def train(self) -> None:
@@ -219,7 +226,7 @@ class _Run:
                 if batch is None or too_many:
                     given = f"more than {per_epoch}" if too_many else index
                     raise TrainingError(f"batches has length {per_epoch}, but gave {given} in an epoch")
-                yield send_to_device(batch, self.device)
+                yield _pair(send_to_device(batch, self.device))
 
     def _train_step(self, inputs: ExampleInputs, targets: Any) -> Tensor:
         loss = self.optimizer.step(self._loss, inputs, targets, self._teach(inputs))
@@ -301,16 +308,13 @@ class _Run:
             return
         try:
             state = torch.load(self._file, map_location="cpu", weights_only=True)
-            saved = state["identity"]
-        except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+            if not (isinstance(state, dict) and state.keys() >= _PARTS):
+                raise ValueError("it holds something else")
+        except (RuntimeError, EOFError, LookupError, OSError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{self._file} is not a checkpoint of TrainSaq: {error}") from error
-        own = self._identity()
-        other = [name for name in own if saved[name] != own[name]]
+        other = _differences(state["identity"], self._identity())
         if other:
-            raise CheckpointError(
-                f"{self._file} is of a run with other {', '.join(other)} ({saved[other[0]]}, here {own[other[0]]}): "
-                "use another folder"
-            )
+            raise CheckpointError(f"{self._file} is of a run with other {', '.join(other)}: use another folder")
         try:
             self.gm.load_state_dict(state["model"])
         except RuntimeError as error:
@@ -321,20 +325,50 @@ class _Run:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.epoch_random, current = state["random"][self.accelerator.process_index]
+        if self.step >= len(self.batches) and getattr(self.batches, "persistent_workers", False):
+            next(iter(self.batches))  # workers that persist take a seed in the first epoch only
         self._restore(current)
 
-    def _random_states(self) -> list[Tensor]:
-        """Of the generators of the CPU, of the device (empty if that is the CPU) and of the loader."""
+    def _random_states(self) -> list[Any]:
+        """Of the generators of the CPU, the device (empty if that is the CPU), Python, numpy and the loader."""
         of_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.empty(0)
-        return [torch.get_rng_state(), of_device, *(each.get_state() for each in _generators(self.options.batches))]
+        name, keys, *rest = np.random.get_state()
+        of_numpy = (name, torch.tensor(keys, dtype=torch.int64), *rest)  # in types that can be sent and safely loaded
+        of_loader = [each.get_state() for each in _generators(self.options.batches)]
+        return [torch.get_rng_state(), of_device, random.getstate(), of_numpy, *of_loader]
 
-    def _restore(self, states: list[Tensor]) -> None:
-        of_cpu, of_device, *of_loader = states
+    def _restore(self, states: list[Any]) -> None:
+        of_cpu, of_device, of_python, (name, keys, *rest), *of_loader = states
         torch.set_rng_state(of_cpu)
+        random.setstate(of_python)
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(of_device, self.device)
         for generator, state in zip(_generators(self.options.batches), of_loader, strict=True):
             generator.set_state(state)
+
+
+def _pair(batch: Any) -> Batch:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        found = f"{len(batch)} of them" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TrainingError(
+            f"batches must give pairs (inputs, targets), not {found}: wrap the loader, or its collate_fn"
+        )
+    return batch[0], batch[1]
+
+
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """What differs, with both values; of what has parts, the first parts that do."""
+    found = []
+    for name, value in own.items():
+        before = saved.get(name)
+        if before == value:
+            continue
+        if isinstance(before, dict) and isinstance(value, dict):
+            found.append(f"{name} ({'; '.join(_differences(before, value)[:3])})")
+        else:
+            found.append(f"{name} ({before}, here {value})")
+    return found
 
 
 def _accelerator() -> Any:
@@ -353,7 +387,7 @@ def _base_optimizer(recipe: TrainingRecipe, gm: nn.Module) -> torch.optim.Optimi
     optimizer: Callable[..., torch.optim.Optimizer] = made
     try:
         return optimizer(parameter_groups(gm, recipe.weight_decay), lr=recipe.lr, **recipe.optimizer_options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TrainingError(f"optimizer_options do not suit {recipe.optimizer}: {error}") from error
 
 

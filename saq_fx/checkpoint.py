@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saq_fx.annotation import record_of
-from saq_fx.errors import CheckpointError, PatternError
+from saq_fx.errors import CheckpointError, PatternError, PrecisionError
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.pass_base import check_facts
 from saq_fx.precision import Policy, write_whole
@@ -65,13 +65,17 @@ def load(
         CheckpointError: the file is not one that `save` wrote, is damaged, or does not fit the model.
     """
     header, tensors = _read(path)
-    policy = Policy.from_json(header["policy"])
-    recipe = Recipe.from_dict(json.loads(header["recipe"]))
+    try:
+        policy = Policy.from_json(header["policy"])
+        recipe = Recipe.from_dict(json.loads(header["recipe"]))
+        aliases = {name: tensors[kept] for name, kept in json.loads(header["aliases"]).items()}
+    except (CheckpointError, PrecisionError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the header of {path} is damaged: {error}") from error
     try:
         gm = prepare_saq(model, example_inputs=example_inputs, precision=policy, recipe=recipe)
     except PatternError as error:
         raise CheckpointError(f"{path} was saved from another model than {type(model).__name__}: {error}") from error
-    state = tensors | {name: tensors[kept] for name, kept in json.loads(header["aliases"]).items()}
+    state = tensors | aliases
     for name, own in gm.state_dict().items():
         if own.layout is not torch.strided and name in state:
             state[name] = state[name].to_sparse(layout=own.layout)
@@ -110,6 +114,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tenso
         raise CheckpointError(
             f"{path} was not written by saq_fx.save: load a float checkpoint with load_state_dict instead"
         )
-    if int(header["version"]) > _VERSION:
-        raise CheckpointError(f"{path} has format version {header['version']}; this saq_fx reads up to {_VERSION}")
+    version = header.get("version", "none")
+    if not version.isdigit() or int(version) > _VERSION:
+        raise CheckpointError(f"{path} has format version {version}; this saq_fx reads up to {_VERSION}")
     return header, tensors

@@ -52,7 +52,7 @@ def _app() -> "typer.Typer":
         batch: Annotated[int | None, typer.Option(help="Images per step of all processes.")] = None,
         offsets: Annotated[bool, typer.Option(help="Learned offsets of all activations (MobileNetV2).")] = False,
         mixed_precision: Annotated[str | None, typer.Option(help="bf16, fp16 or no.")] = None,
-        workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+        workers: Annotated[int, typer.Option(help="Processes that read images.", min=0)] = 0,
         seed: Annotated[int, typer.Option(help="Of initial weights and the order of images.")] = 0,
     ) -> None:
         """Train a quantized model by SAQ; the same command goes on with an interrupted run. Takes torchrun."""

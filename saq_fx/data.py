@@ -88,7 +88,7 @@ def load_data(name: str) -> tuple[Dataset[Any], Dataset[Any]]:
         MissingExtraError: torchvision, or for digits scikit-learn, is not installed.
     """
     kind, _, folder = name.partition(":")
-    if kind == "digits":
+    if name == "digits":
         training, test = digits()
         return TensorDataset(training.x, training.y), TensorDataset(test.x, test.y)
     loaders = {"cifar10": _cifar, "cifar100": _cifar, "imagenet": _image_folders, "flowers102": _flowers, "pets": _pets}
@@ -101,7 +101,8 @@ def load_data(name: str) -> tuple[Dataset[Any], Dataset[Any]]:
     try:
         return loaders[kind](torchvision, kind, Path(folder))
     except (RuntimeError, FileNotFoundError) as error:
-        raise SaqError(f"{kind} is not whole in {folder}: {error}") from error
+        cause = str(error).partition(" You can use download")[0]  # which nothing here offers
+        raise SaqError(f"{kind} is not whole in {folder}: {cause}") from error
 
 
 Splits = tuple[Dataset[Any], Dataset[Any]]
@@ -119,7 +120,11 @@ def _cifar(torchvision: Any, kind: str, folder: Path) -> Splits:
 def _image_folders(torchvision: Any, _: str, folder: Path) -> Splits:
     made = torchvision.datasets.ImageFolder
     training, test = _large(torchvision.transforms)
-    return made(folder / "train", transform=training), made(folder / "val", transform=test)
+    splits = made(folder / "train", transform=training), made(folder / "val", transform=test)
+    if splits[0].classes != splits[1].classes:
+        other = sorted(set(splits[0].classes) ^ set(splits[1].classes))
+        raise SaqError(f"{folder}/train and {folder}/val differ in the classes {', '.join(other[:5])}")
+    return splits
 
 
 def _flowers(torchvision: Any, _: str, folder: Path) -> Splits:

@@ -60,9 +60,32 @@ class Workers:
         """Whether DDP was told that every step has the same graph."""
         return self.replicated is not None and bool(self.replicated.static_graph)
 
-    def unsynchronized(self) -> AbstractContextManager[None]:
-        """Inside, a backward pass leaves every worker its own gradient, where that is possible."""
-        return nullcontext() if self.replicated is None else self.replicated.no_sync()
+    @property
+    def finds_unused(self) -> bool:
+        """Whether DDP looks for parameters that a pass does not use."""
+        return self.replicated is not None and self.replicated.find_unused_parameters
+
+    def check_step(self) -> None:
+        """Raises TrainingError where DDP is told to let the workers part: inside `join()` and `no_sync()`."""
+        if self.replicated is None:
+            return
+        if not self.replicated.require_backward_grad_sync:
+            raise TrainingError("SAQ's step cannot run inside no_sync(): to accumulate gradients, use chunk_size")
+        if self.replicated._join_config.enable:
+            raise TrainingError(
+                "SAQ's step cannot run inside join(), which does not know of what its workers tell each other: give "
+                "all workers the same number of batches (DistributedSampler does)"
+            )
+
+    def unsynchronized(self, is_last: bool = False) -> AbstractContextManager[None]:
+        """Inside, a backward pass leaves every worker its own gradient, where that is possible.
+
+        Not in the last pass of a step where DDP looks for unused parameters: it takes those of all passes since the
+        last synchronised one for used, and fails on those of them that the next one does not use.
+        """
+        if self.replicated is None or (is_last and self.finds_unused):
+            return nullcontext()
+        return self.replicated.no_sync()
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor]) -> None:

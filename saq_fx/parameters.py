@@ -11,7 +11,7 @@ def parameter_kinds(module: nn.Module) -> dict[nn.Parameter, str]:
     """Every parameter of a module with its kind: "weight", "bias", "norm" or "clipping".
 
     Clipping are all parameters of quantizers, whatever their shape. Of the others, those with two dimensions
-    or more are weights; biases of normalization layers, and all further scales, are norm.
+    or more are weights, except those of LayerNorm; biases of normalization layers, and all further scales, are norm.
     """
     kinds: dict[nn.Parameter, str] = {}
     for owner in module.modules():
@@ -23,12 +23,14 @@ def parameter_kinds(module: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def _kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    if isinstance(owner, nn.LayerNorm | nn.RMSNorm):
+        return "norm"  # over several axes, it has a scale of several
     if parameter.dim() >= 2:
         return "weight"
     # Told by shape, not class: rewritten graphs keep a layer's parameters, but not its class.
     scale = getattr(owner, "weight", None)
     is_norm = isinstance(scale, Tensor) and scale.dim() == 1
-    return "bias" if name.endswith("bias") and not is_norm else "norm"
+    return "bias" if "bias" in name and not is_norm else "norm"  # recurrent layers have bias_ih_l0 and the like
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -79,6 +79,8 @@ class Pass(ABC):
 
 def check_facts(gm: SaqGraphModule, facts: frozenset[str], when: str) -> None:
     """Raises PassError naming the first fact that does not hold for `gm`."""
+    if not isinstance(gm, SaqGraphModule):
+        raise PassError(f"{when}: this is a {type(gm).__name__}, no prepared model: call saq_fx.prepare_saq first")
     for fact in sorted(facts):
         missing = FACTS[fact](gm)
         if missing is not None:

@@ -1,10 +1,12 @@
 """Sharpness on plain torch modules: the tools of a sharpness-aware step, and measures of a minimum."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,13 +39,18 @@ class Perturbation(nn.Module):
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all tensors taken as one vector, a 0-d tensor."""
-    return torch.nn.utils.get_total_norm(list(tensors))
+    return torch.nn.utils.get_total_norm([_wide(tensor) for tensor in tensors])
 
 
 def inner_product(first: Iterable[Tensor], second: Iterable[Tensor]) -> Tensor:
     """Inner product of two lists of tensors, each taken as one vector, a 0-d tensor."""
-    products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(first, second, strict=True)]
-    return torch.stack(products).sum()
+    pairs = zip(first, second, strict=True)
+    return torch.stack([torch.dot(_wide(a).flatten(), _wide(b).flatten()) for a, b in pairs]).sum()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In single precision if it has less: sums of squares overflow in half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def ascent_scale(norm: float, radius: float) -> float:
@@ -127,9 +134,10 @@ def preserve_buffers(module: nn.Module) -> Iterator[None]:
 
 
 class RandomState:
-    """The random generators of the CPU and of the CUDA devices that hold `tensors`, as they are now."""
+    """The random generators of torch on the CPU and the CUDA devices that hold `tensors`, of Python and of numpy."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._python, self._numpy = random.getstate(), np.random.get_state()
         self._cpu = torch.get_rng_state()
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
         self._cuda = {device.index: torch.cuda.get_rng_state(device) for device in devices}
@@ -137,11 +145,18 @@ class RandomState:
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Inside, random numbers are drawn from this state; afterwards the generators go on as before."""
+        python, numpy = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=list(self._cuda)):
             torch.set_rng_state(self._cpu)
             for device, state in self._cuda.items():
                 torch.cuda.set_rng_state(state, device)
-            yield
+            random.setstate(self._python)
+            np.random.set_state(self._numpy)
+            try:
+                yield
+            finally:
+                random.setstate(python)
+                np.random.set_state(numpy)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.operation_names import is_in_place
-from saq_fx.sharpness import preserve_buffers
+from saq_fx.quantizers import Quantizer
+from saq_fx.sharpness import Buffers
 
 Kept = dict[tuple[nn.Module, str], Any]
 """(module, name of an attribute or buffer that forward changes) -> what it was."""
@@ -172,31 +173,60 @@ class _Chance:
         return True
 
 
-@contextmanager
-def unmoved(model: nn.Module) -> Iterator[None]:
-    """Within: the model may run. Afterwards buffers, and attributes of modules that run Python, are as before."""
-    python = [module for module in model.modules() if not type(module).__module__.startswith("saq_fx.")]
-    saved = {
-        module: _Snapshot(vars(module))
-        for module in python
-        if not isinstance(module, SaqGraphModule) or "_python_class" in vars(module)
-    }
-    values = [value for each in saved.values() for value in each.values.values() if isinstance(value, Tensor)]
-    tensors = [tensor for tensor in values if tensor.layout is torch.strided and 0 not in tensor.stride()]
-    contents = [tensor.clone() for tensor in tensors]
-    chance = _Chance()
-    try:
-        with preserve_buffers(model):
-            yield
-    finally:
-        chance.put_back()
-        with torch.no_grad():
-            for tensor, content in zip(tensors, contents, strict=True):
-                tensor.data.copy_(content)
-        for module, snapshot in saved.items():
+class ForwardState:
+    """What forward may change besides parameters, as it is now: buffers, and attributes of modules that run Python.
+
+    Also whether the levels of quantizers have been set.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = Buffers(model)
+        self._attributes = {module: _Snapshot(vars(module)) for module in model.modules() if _runs_python(module)}
+        held = [value for each in self._attributes.values() for value in each.values.values()]
+        tensors = [value for value in held if isinstance(value, Tensor) and value.layout is torch.strided]
+        self._tensors = [(tensor, tensor.clone()) for tensor in tensors if 0 not in tensor.stride()]
+        self._levels_set = [(each, each.initialized) for each in model.modules() if isinstance(each, Quantizer)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Makes all of it what it was."""
+        self._buffers.restore()
+        for tensor, content in self._tensors:
+            tensor.data.copy_(content)
+        for module, snapshot in self._attributes.items():
             held = vars(module)
             names = {*held, *snapshot.values}.difference(_STRUCTURE)
             snapshot.put_back(held, [name for name in names if not is_same(held.get(name), snapshot.before(name))])
+        for quantizer, initialized in self._levels_set:
+            quantizer.initialized = initialized
+
+
+@contextmanager
+def preserve_state(model: nn.Module) -> Iterator[None]:
+    """On leaving, all that forward may change besides parameters is what it was: see `ForwardState`."""
+    state = ForwardState(model)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Within: the model may run. Afterwards its state, and the generators of Python and numpy, are as before."""
+    chance = _Chance()
+    try:
+        with preserve_state(model):
+            yield
+    finally:
+        chance.put_back()
+
+
+def _runs_python(module: nn.Module) -> bool:
+    """Whether forward is code of the model's own, which may keep state in attributes; graphs, and torch's, do not."""
+    if isinstance(module, SaqGraphModule):
+        return "_python_class" in vars(module)
+    return not type(module).__module__.startswith(("saq_fx.", "torch."))
 
 
 def _holder(module: nn.Module, name: str) -> dict[str, Any]:

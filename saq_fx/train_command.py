@@ -1,6 +1,7 @@
 """`saq-fx train`: from names of a model and of data to a trained, quantized model in a folder."""
 
 import os
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from saq_fx.precision import Policy, write_whole
 from saq_fx.prepare import prepare_saq
 from saq_fx.recipe import Recipe
 from saq_fx.report import precision_report
+from saq_fx.shapes import evaluating
 from saq_fx.training_recipe import WITH_OFFSETS, TrainingRecipe, paper_recipe
 
 _CALIBRATION_IMAGES = 256
@@ -74,9 +76,11 @@ def train(run: Run) -> None:
     model = _model(run)
     training, test = load_data(run.data)
     batches = _loader(training, recipe, run)
+    images, labels = _some_images(training, run)
+    _check_classes(model, images, labels, run)
     gm = prepare_saq(
         model,
-        example_inputs=_some_images(training, run),
+        example_inputs=images,
         precision=Policy.load(run.policy) if run.policy is not None else run.precision or settings.precision,
         recipe=Recipe(activation_offsets=run.offsets or settings.offsets),
     )
@@ -101,15 +105,30 @@ def _model(run: Run) -> nn.Module:
     if run.weights is not None:
         try:
             model.load_state_dict(torch.load(run.weights, map_location="cpu", weights_only=True))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError, TypeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{run.weights} does not hold the weights of {run.model}: {error}") from error
     return model
 
 
-def _some_images(data: Dataset[Any], run: Run) -> Tensor:
-    """Training images drawn at random, to set clipping levels from: data may be sorted by class."""
+def _check_classes(model: nn.Module, images: Tensor, labels: Tensor, run: Run) -> None:
+    try:
+        with evaluating(model):
+            outputs = model(images[:1])
+    except RuntimeError as error:
+        raise SaqError(
+            f"{run.model} does not take the images of {run.data}, {tuple(images[:1].shape)}: {error}"
+        ) from error
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] <= int(labels.max()):
+        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise SaqError(
+            f"{run.model} gives {given} for one image of {run.data}, whose labels go up to {int(labels.max())} at "
+            "least: a classifier gives (1, classes); write a FACTORY that makes one with as many classes"
+        )
+
+
+def _some_images(data: Dataset[Any], run: Run) -> tuple[Tensor, Tensor]:
+    """Training images and labels drawn at random, to set clipping levels from: data may be sorted by class."""
     order = torch.Generator().manual_seed(run.seed)
     size = min(_CALIBRATION_IMAGES, len(data))  # type: ignore[arg-type]
-    images, _ = next(iter(DataLoader(data, size, shuffle=True, generator=order, num_workers=run.workers)))
-    drawn: Tensor = images
-    return drawn
+    images, labels = next(iter(DataLoader(data, size, shuffle=True, generator=order, num_workers=run.workers)))
+    return images, labels

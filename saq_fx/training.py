@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from saq_fx.batching import Chunk, cut
+from saq_fx.direction import Direction
 from saq_fx.errors import CheckpointError, TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.parallel import Workers, local
@@ -32,14 +33,13 @@ from saq_fx.precision import FLOAT_BITS
 from saq_fx.quantizers import Quantizer
 from saq_fx.sharpness import (
     Ascent,
-    Buffers,
     RandomState,
     global_norm,
     inner_product,
-    preserve_buffers,
     scaled_by_size,
 )
-from saq_fx.step import StepStatistics, check_cuts, check_options
+from saq_fx.state import ForwardState, preserve_state
+from saq_fx.step import StepStatistics, check_base_optimizer, check_cuts, check_options
 
 
 class SAQ(Optimizer):
@@ -101,6 +101,13 @@ class SAQ(Optimizer):
         perturb = (perturb,) if isinstance(perturb, str) else tuple(perturb)
         check_options(rho, case, period, beta, losses, perturb)
         check_cuts(chunk_size, second_pass_fraction, max_gradient_norm)
+        check_base_optimizer(base_optimizer)
+        if isinstance(base_optimizer, SAQ):
+            raise TrainingError("the base optimizer is a SAQ already: give it to SAQ once, or take its base_optimizer")
+        if not isinstance(gm, nn.Module):
+            raise TrainingError(f"SAQ takes the module that the closure runs, not {type(gm).__name__}")
+        if grad_scaler is not None and not isinstance(grad_scaler, GradScaler):
+            raise TrainingError(f"grad_scaler is a torch.amp.GradScaler, not {type(grad_scaler).__name__}")
         self._module, self._kinds, self._workers = gm, parameter_kinds(gm), Workers.of(gm)
         self._check_levels()
         if adaptive and self._workers.sharded:
@@ -117,9 +124,7 @@ class SAQ(Optimizer):
         self.last_step: StepStatistics | None = None
         self.skipped_steps = 0
         self._steps = 0
-        # Per parameter: g during a second pass, g_v from then on. The norm is 0 while there is no g_v.
-        self._kept: dict[Tensor, Tensor] = {}
-        self._kept_norm = 0.0
+        self._direction = Direction()
         graphs = _outermost_graphs(gm)
         for graph in graphs:
             Pipeline((InsertPerturbations(case),)).run(graph)
@@ -175,7 +180,7 @@ class SAQ(Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[..., Tensor], *batch: Any) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[..., Tensor] | None = None, *batch: Any) -> Tensor:  # type: ignore[override]
         """Runs one or both passes, combines the gradients and steps the base optimizer.
 
         A step whose loss or gradients are not finite changes no parameter and no buffer, and is counted in
@@ -194,13 +199,20 @@ class SAQ(Optimizer):
             TrainingError: the closure returned no loss, or one that no trained parameter has a part in; the batch
                 cannot be cut.
         """
+        if not callable(closure):
+            raise TrainingError(
+                "step() takes a closure that computes the loss, since it runs it twice: "
+                "opt.step(lambda: loss_fn(gm(x), y)). A GradScaler goes into SAQ(..., grad_scaler=scaler), "
+                "and torch.distributed.checkpoint takes opt.base_optimizer"
+            )
+        self._workers.check_step()
         parts = cut(closure, batch, self.chunk_size, self.second_pass_fraction)
         two_passes = self.losses != "vanilla" and (self._steps + 1) % self.period == 0
-        buffers = Buffers(self._module)
+        state = ForwardState(self._module)
         self.last_step = self._two_passes(parts) if two_passes else self._one_pass(parts)
         self._steps += 1
         if self.last_step.skipped:
-            buffers.restore()
+            state.restore()
             self._count_skipped(self.last_step)
         self._update(self.last_step.skipped)
         return self.last_step.loss
@@ -228,8 +240,11 @@ class SAQ(Optimizer):
 
     def _backward(self, closure: Callable[[], Tensor], factor: float) -> Tensor:
         """Adds the gradients of `factor` times the mean loss to those of the parameters, and returns the loss."""
+        gradients = [parameter.grad for parameter in self._parameters()]
         with torch.enable_grad():
             loss = closure()
+            if any(each.grad is not before for each, before in zip(self._parameters(), gradients, strict=True)):
+                raise TrainingError("the closure must neither zero gradients nor call backward: SAQ does both")
             if not (isinstance(loss, Tensor) and loss.dim() <= 1 and loss.numel() and loss.requires_grad):
                 raise TrainingError(
                     "the closure must return the mean loss, a 0-d tensor, or the loss of each sample, (samples,), that "
@@ -240,15 +255,25 @@ class SAQ(Optimizer):
             scaled.backward(torch.full_like(scaled, factor))  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    def _reached(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters() if parameter.grad is not None]
+
     def _with_gradient(self) -> list[nn.Parameter]:
-        """Parameters that the loss reached; on any worker, so that all have the same."""
-        reached = [parameter for parameter in self._parameters() if parameter.grad is not None]
+        """Parameters that the loss reached; where workers hold shards, that of any worker."""
+        reached = self._reached()
         if not reached:
             raise TrainingError("no parameter of the optimizer got a gradient from the loss: are all frozen?")
-        if not self._workers.several:
-            return reached
+        for parameter in reached:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                name = next(name for name, each in self._module.named_parameters() if each is parameter)
+                raise TrainingError(f"the gradient of {name} is sparse: make its layer with sparse=False")
+        return self._of_any_worker(reached) if self._workers.sharded else reached
+
+    def _of_any_worker(self, reached: Collection[Tensor]) -> list[nn.Parameter]:
+        """Parameters that are among those reached on any worker, in the same order on all."""
         trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
-        anywhere = self._workers.any_of([parameter.grad is not None for parameter in trained], trained[0].device)
+        among = set(reached)
+        anywhere = self._workers.any_of([parameter in among for parameter in trained], trained[0].device)
         return list(compress(trained, anywhere))
 
     def _norm(self, gradients: Collection[Tensor]) -> float:
@@ -269,11 +294,8 @@ class SAQ(Optimizer):
         norm = self._norm([_gradient(parameter) for parameter in parameters]) / factor
         if not _all_finite(norm, loss):
             return StepStatistics(loss, norm / self._loss_scale, skipped=True)
-        reused = [parameter for parameter in parameters if parameter in self._kept]
-        if reused and self._kept_norm and self.losses != "vanilla":
-            directions = [self._kept[parameter] for parameter in reused]
-            scale = self.beta * norm / self._kept_norm
-            torch._foreach_add_([_gradient(parameter) for parameter in reused], directions, alpha=scale)
+        if self.losses != "vanilla":
+            self._direction.add_to({parameter: _gradient(parameter) for parameter in parameters}, self.beta * norm)
         return StepStatistics(loss, norm / self._loss_scale)
 
     def _two_passes(self, parts: list[Chunk]) -> StepStatistics:
@@ -283,37 +305,48 @@ class SAQ(Optimizer):
                 "the graph no longer has the leaves that this SAQ put into it: another SAQ or pass took them, or "
                 "opt.case was changed; build SAQ anew"
             )
-        memory, self._kept, self._kept_norm = self._kept, {}, 0.0
-        vanilla, sharp = self._kept, dict[Tensor, Tensor]()
+        memory = self._direction.forget()
+        vanilla, sharp = dict[Tensor, Tensor](), dict[Tensor, Tensor]()
         # Workers that synchronise and GPUs that replay graphs may write to gradients again.
         lasting = not self._workers.several and not any(parameter.is_cuda for parameter in self._parameters())
         losses, perturbed_losses, moved = [], [], None
-        for part in parts:
-            # Each worker perturbs by its own gradient, and they agree on the sums only.
-            with self._workers.unsynchronized(), zero_deltas(self._weights, self._leaves()) as leaves:
+        for index, part in enumerate(parts, 1):
+            last = index == len(parts)
+            with zero_deltas(self._weights, self._leaves()) as leaves:
                 random_state = RandomState(self._kinds)
                 self.zero_grad()
-                each_loss = self._backward(part.first, part.share)
+                # Each worker perturbs by its own gradient, and they agree on the sums only.
+                with self._workers.unsynchronized():
+                    each_loss = self._backward(part.first, part.share)
                 loss = each_loss.mean()
                 parameters = self._with_gradient()
                 ascent = self._ascent(parameters, leaves)
-                if not self._workers.all_agree(_all_finite(ascent.norm, loss), loss.device):
-                    self._kept = {}
+                finite = _all_finite(ascent.norm, loss)
+                # Workers may have different numbers of parts, and meet once: at the last, or where one gives up.
+                if last or not finite or self._workers.sharded:
+                    finite = self._workers.all_agree(finite, loss.device)
+                if not finite:
                     return StepStatistics(loss, ascent.norm / self._loss_scale, skipped=True)
                 _add(vanilla, parameters, memory, keep=lasting)
                 before = self._weight_codes()
-                with ascent.climbed(self.rho), preserve_buffers(self._module), random_state.replay():
+                with ascent.climbed(self.rho), preserve_state(self._module), random_state.replay():
                     moved = moved_share(before, self._weight_codes())
                     self.zero_grad()
-                    perturbed_loss = self._backward(partial(part.second, each_loss), part.share).mean()
+                    if last and self._workers.finds_unused:
+                        _zero_gradients(vanilla)  # DDP fails on those that only earlier passes have used
+                    with self._workers.unsynchronized(last):
+                        perturbed_loss = self._backward(partial(part.second, each_loss), part.share).mean()
             if len(parts) > 1:
-                _add(sharp, parameters, {}, keep=lasting)
+                _add(sharp, self._reached(), {}, keep=lasting)
             losses.append(part.share * loss)
             perturbed_losses.append(part.share * perturbed_loss)
         loss, perturbed_loss = torch.stack(losses).sum(), torch.stack(perturbed_losses).sum()
         self._workers.average([loss, perturbed_loss])
         for parameter, gradient in sharp.items():
             _gradient(parameter).copy_(gradient)
+        if self._workers.several:
+            everywhere = self._of_any_worker(vanilla)
+            vanilla = {each: vanilla.get(each, torch.zeros_like(local(each.detach()))) for each in everywhere}
         return self._combine(vanilla, loss, perturbed_loss, moved)
 
     def _combine(
@@ -334,7 +367,6 @@ class SAQ(Optimizer):
             moved,
         )
         if not _all_finite(norm + sharp_norm, loss + perturbed_loss):
-            self._kept = {}
             return replace(statistics, cosine=None, skipped=True)
         projection = product / square if square else 0.0
         if self.losses == "both":
@@ -344,7 +376,7 @@ class SAQ(Optimizer):
             # g_v = g_s - (g_s.g)/(g.g) g
             torch._foreach_mul_(g, -projection)
             torch._foreach_add_(g, g_s)
-            self._kept_norm = self._norm(g)
+            self._direction.keep(vanilla, self._norm(g))
         return statistics
 
     def _leaves(self) -> list[Leaf]:
@@ -398,15 +430,15 @@ class SAQ(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with this one's step count and reused direction under "saq".
 
-        Of sharded parameters (FSDP2) it holds this worker's shards.
+        Of sharded parameters (FSDP2) it holds this worker's shards. `torch.distributed.checkpoint` knows the base
+        optimizer's part only: give it `base_optimizer`, and keep what "saq" holds beside it.
         """
         position: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self._parameters())}
-        reused = self._kept if self._kept_norm else {}
         own = {
             "steps": self._steps,
             "skipped_steps": self.skipped_steps,
-            "direction": {position[parameter]: value for parameter, value in reused.items()},
-            "direction_norm": self._kept_norm,
+            "direction": {position[parameter]: value for parameter, value in self._direction.values.items()},
+            "direction_norm": self._direction.norm,
         }
         return {**self.base_optimizer.state_dict(), "saq": own}
 
@@ -423,12 +455,12 @@ class SAQ(Optimizer):
         self.base_optimizer.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         parameters, own = self._parameters(), state_dict["saq"]
         self._steps, self.skipped_steps = own["steps"], own["skipped_steps"]
-        self._kept_norm = own["direction_norm"]
         # Copies, since what is kept is overwritten in place.
-        self._kept = {
+        values: dict[Tensor, Tensor] = {
             parameters[index]: torch.empty_like(local(parameters[index].detach())).copy_(value)
             for index, value in own["direction"].items()
         }
+        self._direction.keep(values, own["direction_norm"])
 
 
 def _outermost_graphs(module: nn.Module) -> list[SaqGraphModule]:
@@ -444,6 +476,11 @@ def _gradient(tensor: Tensor) -> Tensor:
     return local(tensor.grad)
 
 
+def _zero_gradients(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        _gradient(parameter)
+
+
 def _add(
     totals: dict[Tensor, Tensor], parameters: list[nn.Parameter], memory: dict[Tensor, Tensor], *, keep: bool
 ) -> None:
@@ -454,7 +491,11 @@ def _add(
         torch._foreach_add_([totals[parameter] for parameter in known], [_gradient(parameter) for parameter in known])
     gradients = [_gradient(parameter) for parameter in new]
     if new and not keep:
-        copies = [memory[p] if p in memory else torch.empty_like(g) for p, g in zip(new, gradients, strict=True)]
+        copies = [torch.empty_like(g) for g in gradients]
+        for index, (parameter, gradient) in enumerate(zip(new, gradients, strict=True)):
+            held = memory.get(parameter)
+            if held is not None and (held.dtype, held.device) == (gradient.dtype, gradient.device):
+                copies[index] = held
         torch._foreach_copy_(copies, gradients)
         gradients = copies
     totals.update(zip(new, gradients, strict=True))

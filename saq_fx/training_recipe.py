@@ -1,7 +1,9 @@
 """How a quantized network is trained: schedule, optimizer and SAQ's settings; those of the paper by name."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 from saq_fx.errors import TrainingError
@@ -17,7 +19,8 @@ class TrainingRecipe:
         batch_size: samples per step of all processes together: for whoever makes the batches.
         optimizer: name of a class of `torch.optim`, the base optimizer; with `optimizer_options`.
         weight_decay: of weights; biases, normalization and clipping levels have none.
-        rho, case, period, beta, losses, adaptive, chunk_size, second_pass_fraction, max_gradient_norm: as for `SAQ`.
+        rho, case, period, beta, losses, perturb, adaptive, chunk_size, second_pass_fraction, max_gradient_norm: as for
+            `SAQ`.
         distillation: weight, between 0 and 1, of the divergence from the teacher's outputs against the loss.
         temperature: by which outputs are divided for distillation.
         reestimation_batches: batches from which BatchNorm statistics are estimated anew after training.
@@ -37,6 +40,7 @@ class TrainingRecipe:
     period: int = 4
     beta: float = 0.7
     losses: str = "both"
+    perturb: tuple[str, ...] = ("bias", "norm")
     adaptive: bool = False
     chunk_size: int | None = None
     second_pass_fraction: float = 1.0
@@ -46,26 +50,33 @@ class TrainingRecipe:
     reestimation_batches: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "reestimation_batches"):
             if not isinstance(getattr(self, name), int):
                 raise TrainingError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        for name in ("lr", "temperature", "weight_decay", "distillation"):
+            if not (isinstance(getattr(self, name), Real) and math.isfinite(getattr(self, name))):
+                raise TrainingError(f"{name} must be a finite number, not {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise TrainingError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.weight_decay < 0 or self.reestimation_batches < 0:
             raise TrainingError("weight_decay and reestimation_batches cannot be negative")
+        if not isinstance(self.optimizer, str):
+            raise TrainingError(f"optimizer is the name of a class of torch.optim, not {self.optimizer!r}")
+        if not isinstance(self.optimizer_options, Mapping):
+            raise TrainingError(f"optimizer_options are a dictionary, not {self.optimizer_options!r}")
         if not 0 <= self.distillation <= 1:
             raise TrainingError(f"distillation is a weight between 0 and 1, not {self.distillation}")
 
     def saq_options(self) -> dict[str, Any]:
         """The keyword arguments of `SAQ` among the settings."""
-        names = ("rho", "case", "period", "beta", "losses", "adaptive")
+        names = ("rho", "case", "period", "beta", "losses", "perturb", "adaptive")
         cuts = ("chunk_size", "second_pass_fraction", "max_gradient_norm")
         return {name: getattr(self, name) for name in names + cuts}
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON data."""
-        return {**asdict(self), "optimizer_options": dict(self.optimizer_options)}
+        return {**asdict(self), "optimizer_options": dict(self.optimizer_options), "perturb": list(self.perturb)}
 
 
 _M = 128  # samples per perturbation (m-sharpness), in all of the paper's runs

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import saq_fx
@@ -59,3 +60,19 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         saq_fx.load(model, path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"policy": "{}"}, {"recipe": '{"x": 1}'}, {"recipe": "[1"}, {"aliases": '{"a": "b"}'}, {"version": "x"}],
+)
+def test_a_damaged_header_is_named(tmp_path: Path, change: dict[str, str]) -> None:
+    path = tmp_path / "model.safetensors"
+    saq_fx.save(saq_fx.prepare_saq(torch.nn.Linear(2, 2), example_inputs=torch.ones(1, 2)), path)
+    with safe_open(path, framework="pt") as file:
+        header, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(state, path, metadata=header | change)
+    with pytest.raises(CheckpointError, match=r"header of .*model\.safetensors is damaged|has format version x"):
+        saq_fx.load(torch.nn.Linear(2, 2), path)
+    with pytest.raises(PassError, match="save: this is a Linear, no prepared model"):
+        saq_fx.save(torch.nn.Linear(2, 2), path)  # type: ignore[arg-type]

@@ -126,8 +126,20 @@ def test_train_says_what_is_wrong(
     assert run(monkeypatch, *command, "--batch", "2000") == 1
     assert "batches is empty" in capsys.readouterr().err
     torch.save({}, tmp_path / "empty.pt")
-    assert run(monkeypatch, *command, "--weights", str(tmp_path / "empty.pt")) == 1
-    assert "does not hold the weights of" in capsys.readouterr().err
+    (tmp_path / "text.pt").write_text("no tensors")
+    for name in ("empty.pt", "text.pt"):
+        assert run(monkeypatch, *command, "--weights", str(tmp_path / name)) == 1
+        assert "does not hold the weights of" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--workers", "-1") == 2
+    models = tmp_path / "models.py"
+    models.write_text(
+        "from torch import nn\ndef few():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))\n"
+        "def large():\n    return nn.Linear(64, 10)\n"
+    )
+    assert run(monkeypatch, "train", f"{models}:few", *command[2:]) == 1
+    assert "gives (1, 5) for one image of digits, whose labels go up to 9 at least" in capsys.readouterr().err
+    assert run(monkeypatch, "train", f"{models}:large", *command[2:]) == 1
+    assert "does not take the images of digits, (1, 1, 8, 8): " in capsys.readouterr().err
 
 
 def test_settings_of_the_paper() -> None:

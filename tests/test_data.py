@@ -76,6 +76,14 @@ def test_image_folders(tmp_path: Path) -> None:
     assert torch.equal(test[0][0], test[0][0])
 
 
+def test_folders_of_other_classes_are_refused(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "val/b", "val/c"):
+        (tmp_path / name).mkdir(parents=True)
+        colours(0).save(tmp_path / name / "0.png")
+    with pytest.raises(SaqError, match=r"train and .*/val differ in the classes a, c"):
+        load_data(f"imagenet:{tmp_path}")
+
+
 def test_flowers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "flowers-102"
     (base / "jpg").mkdir(parents=True)

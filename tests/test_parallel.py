@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from saq_fx.errors import TrainingError
@@ -176,3 +178,104 @@ def test_what_cannot_be_shared_is_refused() -> None:
     fully_shard(net, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards")))
     with pytest.raises(TrainingError, match="sharded over one dimension"):
         SAQ(net, torch.optim.SGD(net.parameters(), 0.1))
+
+
+class Branching(nn.Module):
+    """Runs one layer or the other, by turns and by the first sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor, turn: int) -> Tensor:
+        return self.b(x) if (turn + int(x[0, 0] > 0)) % 2 else self.a(x)  # type: ignore[no-any-return]
+
+
+def run_branches(net: nn.Module, data: list[Batch], options: dict[str, Any]) -> dict[str, Any]:
+    wrapped = DistributedDataParallel(net, find_unused_parameters=True)
+    opt = SAQ(wrapped, torch.optim.SGD(wrapped.parameters(), RATE), RHO, **options)
+    for step, (x, y) in enumerate(data):
+        turn = step + dist.get_rank()
+        opt.step(lambda x, y, turn=turn: F.cross_entropy(wrapped(x, turn), y), x, y)  # type: ignore[misc]
+    return {"parameters": dict(net.named_parameters())}
+
+
+def run_unequal_parts(net: nn.Module, data: list[Batch], options: dict[str, Any]) -> dict[str, Any]:
+    """The second worker has more samples, and so more chunks."""
+    wrapped = DistributedDataParallel(net)
+    opt = SAQ(wrapped, torch.optim.SGD(wrapped.parameters(), RATE), RHO, chunk_size=2, **options)
+    for x, y in data:
+        count = 2 + dist.get_rank()
+        opt.step(lambda x, y: F.cross_entropy(wrapped(x), y), x[:count], y[:count])
+    with wrapped.no_sync(), pytest.raises(TrainingError, match=r"inside no_sync\(\)"):
+        opt.step(lambda: wrapped(x).sum(), x)
+    with wrapped.join(), pytest.raises(TrainingError, match=r"inside join\(\).*DistributedSampler"):
+        opt.step(lambda: wrapped(x).sum(), x)
+    return {"parameters": dict(net.named_parameters())}
+
+
+def loss_on(net: nn.Module, x: Tensor, y: Tensor, *more: int) -> Tensor:
+    return F.cross_entropy(net(x, *more), y)
+
+
+def two_gradients(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """g and g_s of a float module's loss, zero where it does not reach."""
+    g = torch.autograd.grad(loss(), parameters, materialize_grads=True)
+    norm = torch.cat([each.flatten() for each in g]).norm()
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p, each in zip(parameters, g, strict=True):
+            p += RHO * each / norm
+    g_s = torch.autograd.grad(loss(), parameters, materialize_grads=True)
+    with torch.no_grad():
+        for p, each in zip(parameters, before, strict=True):
+            p.copy_(each)
+    return list(g), list(g_s)
+
+
+@pytest.mark.slow
+def test_workers_may_run_different_layers(tmp_path: Path) -> None:
+    """From step to step, from worker to worker and from chunk to chunk."""
+    data = [(torch.randn(4, 4, dtype=torch.float64), torch.randint(3, (4,))) for _ in range(6)]
+    for index, (x, _) in enumerate(data):
+        x[:, 0] = torch.tensor([1.0, -1.0 if index % 2 else 1.0, 1.0, -1.0])
+    nets = [Branching() for _ in range(4)]
+    settings = [{"period": period, "chunk_size": size} for period in (1, 2) for size in (1, 2)]
+    jobs = [(net, data, options | {"beta": 0.0}) for net, options in zip(nets, settings, strict=True)]
+    results = in_two_processes(run_branches, jobs, tmp_path)
+    for net, options, result in zip(nets, settings, results, strict=True):
+        parameters, size = list(net.parameters()), options["chunk_size"]
+        for step, (x, y) in enumerate(data):
+            total = [torch.zeros_like(p) for p in parameters]
+            for start in range(0, 4, size):
+                part, turn = slice(start, start + size), step + start // 2
+                g, g_s = two_gradients(partial(loss_on, net, x[part], y[part], turn), parameters)
+                if (step + 1) % options["period"]:
+                    g_s = g
+                for sums, u, v in zip(total, g, g_s, strict=True):
+                    sums += (u + v) * size / 4
+            with torch.no_grad():
+                for p, each in zip(parameters, total, strict=True):
+                    p -= RATE * each
+        for name, value in net.named_parameters():
+            torch.testing.assert_close(result["parameters"][name], value.data, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_workers_may_have_different_numbers_of_chunks(tmp_path: Path) -> None:
+    net = nn.Linear(4, 3, dtype=torch.float64)
+    data = [(torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))) for _ in range(3)]
+    (result,) = in_two_processes(run_unequal_parts, [(net, data, {"period": 1})], tmp_path)
+    parameters = list(net.parameters())
+    for x, y in data:
+        total = [torch.zeros_like(p) for p in parameters]
+        for rank, parts in ((0, [(0, 2)]), (1, [(4, 6), (6, 7)])):
+            for start, end in parts:
+                gradients = two_gradients(partial(loss_on, net, x[start:end], y[start:end]), parameters)
+                for sums, u, v in zip(total, *gradients, strict=True):
+                    sums += (end - start) / (2 + rank) * (u + v) / 2
+        with torch.no_grad():
+            for p, each in zip(parameters, total, strict=True):
+                p -= RATE * each
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(result["parameters"][name], value.data, rtol=1e-10, atol=1e-12)

@@ -730,6 +730,15 @@ def test_kinds_of_parameters_and_their_weight_decay() -> None:
     assert len(decayed["params"]) + len(others["params"]) == len(kinds)
 
 
+def test_kinds_of_recurrent_layers_and_of_normalization_over_several_axes() -> None:
+    net = nn.ModuleDict({"rnn": nn.GRU(3, 3), "norm": nn.LayerNorm((4, 5)), "act": nn.PReLU(3)})
+    kinds = {name: parameter_kinds(net)[p] for name, p in net.named_parameters()}
+    expected = {f"rnn.{kind}_{part}_l0": kind for kind in ("weight", "bias") for part in ("ih", "hh")}
+    assert kinds == expected | {"norm.weight": "norm", "norm.bias": "norm", "act.weight": "norm"}
+    prepared: Any = prepare_saq(nn.Sequential(nn.LayerNorm((4, 5))), precision=None)
+    assert set(parameter_kinds(prepared).values()) == {"norm"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

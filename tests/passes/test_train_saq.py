@@ -2,6 +2,7 @@
 
 import copy
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from saq_fx.data import digits
 from saq_fx.distillation import distillation_loss
@@ -139,6 +141,60 @@ def test_a_batch_sampler_s_generator_is_resumed_too(tmp_path: Path) -> None:
     gm = prepared()
     TrainSaq(by_batches(), recipe=RECIPE, folder=tmp_path).run(gm)
     assert_equal_states(gm, expected)
+
+
+class Augmented(Dataset[Any]):
+    """Images moved by random numbers of Python and of numpy."""
+
+    def __init__(self) -> None:
+        self.x, self.y = images().tensors
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index] + random.random() + float(np.random.rand()), self.y[index]
+
+
+def augmented() -> DataLoader[Any]:
+    return DataLoader(Augmented(), 8, shuffle=True)
+
+
+def by_persistent_workers() -> DataLoader[Any]:
+    return DataLoader(images(), 8, shuffle=True, num_workers=1, persistent_workers=True)
+
+
+@pytest.mark.parametrize("every", [5, 7])
+@pytest.mark.parametrize("make", [augmented, by_persistent_workers])
+def test_random_numbers_of_the_loader_are_resumed(tmp_path: Path, make: Any, every: int) -> None:
+    """The order of persistent workers follows one seed less per epoch, but for the first."""
+
+    def seeded() -> SaqGraphModule:
+        random.seed(0)
+        np.random.seed(0)
+        gm = prepared()
+        torch.manual_seed(5)
+        return gm
+
+    expected = seeded()
+    TrainSaq(make(), recipe=RECIPE).run(expected)
+    with pytest.raises(Stopped):
+        TrainSaq(make(), StopsAt(16), RECIPE, folder=tmp_path, checkpoint_every=every).run(seeded())
+    random.seed(9)
+    np.random.seed(9)
+    gm = prepared()
+    TrainSaq(make(), recipe=RECIPE, folder=tmp_path).run(gm)
+    assert_equal_states(gm, expected)
+
+
+def test_modules_in_evaluation_mode_stay_so_in_a_graph_in_training_mode() -> None:
+    for whole in (True, False):
+        gm: Any = prepared().train(whole)
+        norm = gm.get_submodule("1").eval()
+        before = norm.running_mean.clone()
+        TrainSaq(loader(), recipe=replace(RECIPE, epochs=1)).run(gm)
+        assert torch.equal(norm.running_mean, before) == whole
+        assert norm.training != whole
 
 
 SCRIPT = """
@@ -306,15 +362,31 @@ def test_misuse_is_named(tmp_path: Path) -> None:
         TrainSaq(loader(), recipe=TrainingRecipe(optimizer="Sgd")).run(prepared())
     with pytest.raises(TrainingError, match="batches has length 3, but gave 2"):
         TrainSaq(Short(), recipe=RECIPE).run(prepared())
+    with pytest.raises(PassError, match=r"this is a Sequential, no prepared model: call saq_fx\.prepare_saq"):
+        TrainSaq(loader()).run(network())  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match=r"do not suit LBFGS: .*parameter groups"):
+        TrainSaq(loader(), recipe=TrainingRecipe(optimizer="LBFGS", optimizer_options={})).run(prepared())
+    for batch, found in (({"x": 1}, "not dict"), ((1, 2, 3), "not 3 of them"), (torch.ones(2), "not Tensor")):
+        with pytest.raises(TrainingError, match=rf"pairs \(inputs, targets\), {found}"):
+            TrainSaq([batch], recipe=RECIPE).run(prepared())
+    distilled = replace(RECIPE, distillation=0.5)
+    with pytest.raises(TrainingError, match=r"the graph gives \(8, 10\), the teacher \(8, 4, 6, 6\)"):
+        TrainSaq(loader(), recipe=distilled, teacher=nn.Conv2d(1, 4, 3)).run(prepared())
     TrainSaq(loader(), recipe=RECIPE, folder=tmp_path).run(prepared())
-    with pytest.raises(CheckpointError, match=r"is of a run with other recipe .*: use another folder"):
+    with pytest.raises(CheckpointError, match=r"other generators of the loader \(1, here 0\): use another folder"):
+        TrainSaq(loader(own_generator=False), recipe=RECIPE, folder=tmp_path).run(prepared())
+    with pytest.raises(
+        CheckpointError, match=r"is of a run with other recipe \(lr \(0.02, here 0.5\)\): use another folder"
+    ):
         TrainSaq(loader(), recipe=replace(RECIPE, lr=0.5), folder=tmp_path).run(prepared())
     other = prepare_saq(SmallResNet(), example_inputs=digits(20)[0].x)
     with pytest.raises(CheckpointError, match="is of a run with other bits"):
         TrainSaq(loader(), recipe=RECIPE, folder=tmp_path).run(other)
     with pytest.raises(CheckpointError, match="is of a run with other lower type"):
         TrainSaq(loader(), recipe=RECIPE, folder=tmp_path, mixed_precision="bf16").run(prepared())
-    for content in (b"", b"nonsense", (tmp_path / "checkpoint.pt").read_bytes()[:1000]):
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    torch.save({"identity": {}}, tmp_path / "other.pt")
+    for content in (b"", b"nonsense", whole[:1000], whole[: len(whole) // 2], (tmp_path / "other.pt").read_bytes()):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match="is not a checkpoint of TrainSaq"):
             TrainSaq(loader(), recipe=RECIPE, folder=str(tmp_path)).run(prepared())
@@ -328,6 +400,11 @@ def test_misuse_is_named(tmp_path: Path) -> None:
         ({"lr": 0.0}, "lr must be above 0"),
         ({"distillation": 1.5}, "distillation is a weight between 0 and 1"),
         ({"weight_decay": -1.0}, "cannot be negative"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number, not nan"),
+        ({"lr": "0.1"}, "lr must be a finite number, not '0.1'"),
+        ({"reestimation_batches": 1.5}, "reestimation_batches must be a whole number, not 1.5"),
+        ({"optimizer": torch.optim.SGD}, "optimizer is the name of a class"),
+        ({"optimizer_options": None}, "optimizer_options are a dictionary, not None"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

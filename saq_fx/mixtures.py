@@ -89,6 +89,10 @@ class MixtureQuantizer(nn.Module):
         """How much of each candidate is in the mixture, (candidates,)."""
         return (self.logits / self.temperature).softmax(0)
 
+    def log_probabilities(self) -> Tensor:
+        """Their logarithms, finite also where a probability is too small for its type."""
+        return (self.logits / self.temperature).log_softmax(0)
+
     def expected_bits(self) -> Tensor:
         """`sum_b p_b b`, a 0-d tensor."""
         probabilities = self.probabilities()

@@ -103,10 +103,10 @@ class _Proof:
 
     def enumerate(self, most: int) -> None:
         """Search the core in widening radii, while there is more to prove and the work is not done."""
-        for search in (self._complete, self._find):
+        for step in (self._complete, self._find):
             self.work.left = most
             try:
-                search()
+                step()
             except WorkSpentError:
                 self.tolerance = TOLERANCE * self.range
 

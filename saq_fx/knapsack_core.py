@@ -160,10 +160,10 @@ def search(relaxed: Relaxed, radius: float, most_states: int, work: Work, *, who
 class _Tilts(NamedTuple):
     """Other prices than those of the relaxation, each of which bounds what a partial allocation may come to.
 
-    Let an allocation leave t of the limits. Prices lower by d >= 0, or higher by -d, say that it falls short by at
-    least d t more than its shortfalls, so that groups whose costs c are still open fall short by least (shortfall - d c)
-    each. The prices of the relaxation are the best ones for all groups, but not for those that a partial allocation
-    which uses much or little of a limit has left.
+    Let a partial allocation fall short by s and leave shares t of the limits. Prices lower by d (at most the prices
+    themselves, so that unused shares are not worth less than nothing) say that all that begins with it falls short by
+    at least s + d t, plus the least (shortfall - d cost) of each group still open. The prices of the relaxation, d = 0,
+    are the best ones for all groups, but not for those that are left where much or little of a limit has been used.
     """
 
     lower: Floats  # [tilts, constraints]
@@ -181,7 +181,7 @@ class _Tilts(NamedTuple):
         return cls(lower, np.minimum.reduceat(values, np.searchsorted(where[0], np.arange(len(kept))), axis=1))
 
     def within(self, radius: float, half: "_Half", left: Floats, short: Floats) -> Indices:
-        """The states, by the shares they leave and their shortfalls, that the tilts which say most leave in a radius."""
+        """Which states, given by shares left and shortfalls, may end in the radius, by those tilts that say most."""
         states = np.arange(len(short))
         if len(states) < FEW:
             return states

@@ -354,7 +354,7 @@ class _Search:
     def scores(self) -> tuple[tuple[float, ...], ...]:
         """For each choice, the score of every precision."""
         if self.options.score == "probability":
-            return tuple(tuple(choice.probabilities().log().tolist()) for choice in self.choices)
+            return tuple(tuple(choice.log_probabilities().tolist()) for choice in self.choices)
         gains, found = iter(self.gains), []
         for choice, costs in zip(self.choices, self.complexity.tables, strict=True):
             gain = choice.over_pairs(torch.add, [next(gains) for _ in choice.mixtures]) / self.done

@@ -63,6 +63,10 @@ class Choice:
         """How likely each of `precisions()` is, the two operands being independent."""
         return self.over_pairs(torch.mul, [mixture.probabilities() for mixture in self.mixtures])
 
+    def log_probabilities(self) -> Tensor:
+        """Their logarithms, finite however unlikely a precision is."""
+        return self.over_pairs(torch.add, [mixture.log_probabilities() for mixture in self.mixtures])
+
 
 def choices(gm: SaqGraphModule) -> list[Choice]:
     """The free choices of a relaxed graph, in the order of execution; none of a graph without mixtures.

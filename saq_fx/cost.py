@@ -6,6 +6,7 @@ counts 32 bits (SAQ, arXiv 2111.12273, Sec. 5; EdMIPS, arXiv 2004.05795, Sec. 4)
 
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -301,7 +302,7 @@ class _Measure:
 
     def limit(self, value: float) -> float:
         """The total that a budget's value allows: of the number as written, 0.29 of 100 is 29 and not a little less."""
-        return float(Fraction(repr(value)) * self.scale)
+        return float(min(Fraction(repr(value)) * self.scale, Fraction(sys.float_info.max)))
 
     def value(self, total: float) -> float:
         """The smallest value of a budget that allows a total."""

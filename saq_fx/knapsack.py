@@ -23,10 +23,9 @@ from saq_fx.knapsack_core import Floats, Found, Indices, Integers, Relaxed, Work
 Row: TypeAlias = list[tuple[int, ...]]  # of each choice of a group: its cost by each constraint
 
 TOLERANCE = 1e-9  # of the range of scores, where the exact search would outgrow its lists
-WORK = 6_000_000  # partial allocations to look at: about a second
-QUICK, THOROUGH, EXACT = 1 << 15, 1 << 19, 1 << 20  # partial allocations in a list
-SOLVER_SECONDS = 5.0
-EFFORTS = (0.25, 1, 4)  # times the above
+QUICK, THOROUGH, EXACT = 1 << 14, 1 << 18, 1 << 20  # partial allocations in a list
+TURNS = ((200_000, 0.0), (1_500_000, 5.0), (6_000_000, 5.0), (24_000_000, 15.0))
+"""Partial allocations that each turn of the enumeration may look at, and seconds of HiGHS after it."""
 
 
 class Solution(NamedTuple):
@@ -73,9 +72,9 @@ def solve(problem: Problem) -> Solution | None:
         return None
     proof, form = _Proof(relaxed), _LinearForm.of(problem)
     # Neither method is the faster one everywhere, and the time that either takes cannot be told beforehand.
-    for effort in EFFORTS:
-        proof.enumerate(int(effort * WORK))
-        proof.branch_and_bound(form, effort * SOLVER_SECONDS)
+    for most, seconds in TURNS:
+        proof.enumerate(most)
+        proof.branch_and_bound(form, seconds)
     if proof.best is None:
         return None if proof.done else Solution(None, np.inf)
     missing = 0.0 if proof.done else proof.best.gap - proof.excluded
@@ -93,7 +92,7 @@ class _Proof:
         losses = np.where(np.isfinite(relaxed.shortfalls), relaxed.shortfalls, 0.0)
         self.range = float(losses.max(axis=1).sum() + relaxed.prices.sum())
         positive = np.sort(losses[losses > 10 * relaxed.rounding])
-        self.start = float(positive[:5].max(initial=10 * relaxed.rounding))
+        self.start = float(positive[:20].max(initial=10 * relaxed.rounding))
 
     @property
     def done(self) -> bool:
@@ -104,12 +103,12 @@ class _Proof:
 
     def enumerate(self, most: int) -> None:
         """Search the core in widening radii, while there is more to prove and the work is not done."""
-        self.work.left = most
-        try:
-            self._find()
-            self._complete()
-        except WorkSpentError:
-            self.tolerance = TOLERANCE * self.range
+        for step in (self._complete, self._find):
+            self.work.left = most
+            try:
+                step()
+            except WorkSpentError:
+                self.tolerance = TOLERANCE * self.range
 
     def _find(self) -> None:
         """Widen the radius until an allocation is found, with short lists, which may not give the best one."""
@@ -126,8 +125,10 @@ class _Proof:
         """Widen the radius until no better allocation is left."""
         whole = True
         while whole and not self.done:
-            radius = max(1.2 * self.excluded, self.start)
-            whole = self._search(radius if self.best is None else min(radius, self.best.gap), EXACT, whole=True)
+            radius = max(1.3 * self.excluded, self.start)
+            if self.best is not None and self.best.gap < 1.2 * radius:
+                radius = self.best.gap
+            whole = self._search(radius, EXACT, whole=True)
         if self.best is not None and not self.done:
             self._search(self.best.gap, THOROUGH, whole=False)
 
@@ -137,7 +138,7 @@ class _Proof:
         Its answer may exceed a limit by one part in a million, so that it is asked again under tighter ones. These may
         have no solution where the true ones have: only its bound under the true limits counts as a proof.
         """
-        if self.done:
+        if self.done or not seconds:
             return
         relaxed, end = self.relaxed, time.monotonic() + seconds
         core = relaxed.shortfalls[form.where] <= (np.inf if self.best is None else self.best.gap + relaxed.rounding)

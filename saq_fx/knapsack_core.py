@@ -7,7 +7,7 @@ Sahni, Computing partitions with applications to the knapsack problem, 1974).
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ Integers: TypeAlias = NDArray[Any]  # int64, or Python integers where 64 bits ar
 LEVELS = 8  # of a cost, up to which cheaper partial allocations are looked for
 FANOUT = 8  # boxes within a box
 CHUNK = 1 << 17  # pairs looked at together
+TILTS, SAMPLE, BEST = 512, 128, 16  # other prices, how many states they are tried on, how many prices on all
+FEW = 512  # states for which they are not worth it
 
 
 class WorkSpentError(Exception):
@@ -99,8 +101,8 @@ class _Half:
 
     used: Integers  # [constraints, states]
     short: Floats  # [states]
-    least: Integers  # [constraints]: what all groups outside use at least, and at most
-    most: Integers
+    least: Integers  # [constraints]: what all groups outside use at least
+    rest: Floats  # [tilts]: what they fall short at least, by each
     steps: list[tuple[int, Indices, Indices]] = field(default_factory=list)  # group, each state's parent and choice
     compare_at: int = 2  # states from which on dominated ones are left out
 
@@ -127,10 +129,12 @@ def search(relaxed: Relaxed, radius: float, most_states: int, work: Work, *, who
     chosen = relaxed.shortfalls.argmin(axis=1)
     chosen[opened] = relaxed.nominal[opened]
     second = np.sort(relaxed.shortfalls[opened], axis=1)[:, 1] if len(opened) else np.zeros(0)
-    second[relaxed.divided[opened]] = -1.0
-    # A whole search ends with the best second choices, so that its lists are short until the last groups.
-    opened = opened[np.argsort(-second if whole else second, kind="stable")]
-    halves, complete = _halves(relaxed, opened, kept, chosen), True
+    # A whole search ends with the best second choices, so that its lists are short until the last groups; but it, too,
+    # begins with the groups that the relaxation divides: how they are not divided says most about the rest.
+    second = np.where(relaxed.divided[opened], -np.inf, -second if whole else second)
+    opened = opened[np.argsort(second, kind="stable")]
+    tilts = _Tilts.of(relaxed, kept)
+    halves, complete = _halves(relaxed, opened, kept, chosen, tilts), True
     for index, group in enumerate(opened):
         half = min(halves, key=lambda half: len(half.short))
         choices = np.flatnonzero(kept[group])
@@ -142,7 +146,7 @@ def search(relaxed: Relaxed, radius: float, most_states: int, work: Work, *, who
             half.settle(relaxed, opened[index:])
             break
         work.spend(int(ends.sum()))
-        _extend(half, relaxed, int(group), choices, ends, radius)
+        _extend(half, relaxed, tilts, int(group), choices, ends, radius)
         if not len(half.short):
             return Search(None, complete)
     pair = _join(*halves, relaxed, radius, work)
@@ -153,30 +157,71 @@ def search(relaxed: Relaxed, radius: float, most_states: int, work: Work, *, who
     return Search(Found(pair.gap, chosen), complete)
 
 
-def _halves(relaxed: Relaxed, opened: Indices, kept: NDArray[np.bool_], chosen: Indices) -> tuple[_Half, _Half]:
+class _Tilts(NamedTuple):
+    """Other prices than those of the relaxation, each of which bounds what a partial allocation may come to.
+
+    Let a partial allocation fall short by s and leave shares t of the limits. Prices lower by d (at most the prices
+    themselves, so that unused shares are not worth less than nothing) say that all that begins with it falls short by
+    at least s + d t, plus the least (shortfall - d cost) of each group still open. The prices of the relaxation, d = 0,
+    are the best ones for all groups, but not for those that are left where much or little of a limit has been used.
+    """
+
+    lower: Floats  # [tilts, constraints]
+    least: Floats  # [tilts, groups]
+
+    @classmethod
+    def of(cls, relaxed: Relaxed, kept: NDArray[np.bool_]) -> Self:
+        generator, count = np.random.default_rng(0), len(relaxed.spare)
+        directions = generator.normal(size=(TILTS, count))
+        directions *= 10 ** generator.uniform(-3, 0.3, (TILTS, 1)) / np.linalg.norm(directions, axis=1, keepdims=True)
+        lower = np.concatenate([np.zeros((1, count)), np.eye(count), np.minimum(directions, 1.0)])
+        lower *= relaxed.prices
+        where = np.nonzero(kept)
+        values = relaxed.shortfalls[where] - lower @ relaxed.shares(relaxed.costs[where].T)
+        return cls(lower, np.minimum.reduceat(values, np.searchsorted(where[0], np.arange(len(kept))), axis=1))
+
+    def within(self, radius: float, half: "_Half", left: Floats, short: Floats) -> Indices:
+        """Which states, given by shares left and shortfalls, may end in the radius, by those tilts that say most."""
+        states = np.arange(len(short))
+        if len(states) < FEW:
+            return states
+        sample = np.linspace(0, len(short), min(len(short), SAMPLE), endpoint=False, dtype=np.intp)
+        best = (self.lower @ left[:, sample] + half.rest[:, None]).argmax(axis=0)
+        chosen = np.argsort(-np.bincount(best, minlength=len(self.lower)), kind="stable")[:BEST]
+        for lower, rest in zip(self.lower[chosen], half.rest[chosen], strict=True):
+            alive = lower @ left + short <= radius - rest
+            if not alive.all():
+                states, left, short = states[alive], left[:, alive], short[alive]
+        return states
+
+
+def _halves(
+    relaxed: Relaxed, opened: Indices, kept: NDArray[np.bool_], chosen: Indices, tilts: _Tilts
+) -> tuple[_Half, _Half]:
     """One half with the choices of all groups that are not open, and an empty one."""
     closed = np.setdiff1d(np.arange(len(chosen)), opened)
     used, nothing = relaxed.costs[closed, chosen[closed]].sum(axis=0) + 0 * relaxed.spare, 0 * relaxed.spare
     costs, open_kept = relaxed.costs[opened], kept[opened, :, None]
     least = nothing + np.where(open_kept, costs, relaxed.spare).min(axis=1).sum(axis=0)
-    most = nothing + np.where(open_kept, costs, 0).max(axis=1).sum(axis=0)
+    rest = tilts.least[:, opened].sum(axis=1)
     return (
-        _Half(used[:, None], np.zeros(1), least, most),
-        _Half(nothing[:, None], np.zeros(1), used + least, used + most),
+        _Half(used[:, None], np.zeros(1), least, rest),
+        _Half(nothing[:, None], np.zeros(1), used + least, rest - tilts.lower @ relaxed.shares(used)),
     )
 
 
-def _extend(half: _Half, relaxed: Relaxed, group: int, choices: Indices, ends: Indices, radius: float) -> None:
+def _extend(
+    half: _Half, relaxed: Relaxed, tilts: _Tilts, group: int, choices: Indices, ends: Indices, radius: float
+) -> None:
     """Let the states before each end make that choice of one more group, and leave out what cannot end well."""
     costs = relaxed.costs[group, choices].T
-    half.least, half.most = half.least - costs.min(axis=1), half.most - costs.max(axis=1)
+    half.least, half.rest = half.least - costs.min(axis=1), half.rest - tilts.least[:, group]
     parents, places = np.concatenate([np.arange(end) for end in ends]), np.repeat(np.arange(len(ends)), ends)
     choices = choices[places]
     used, short = half.used[:, parents] + costs[:, places], half.short[parents] + relaxed.shortfalls[group, choices]
-    left = relaxed.spare[:, None] - used
-    unused = np.maximum(left - half.most[:, None], 0)
-    alive = (left >= half.least[:, None]).all(axis=0) & (short + relaxed.worth(unused) <= radius)
-    states = np.flatnonzero(alive)
+    states = np.flatnonzero((relaxed.spare[:, None] - used >= half.least[:, None]).all(axis=0))
+    left = relaxed.shares(relaxed.spare[:, None] - used[:, states])
+    states = states[tilts.within(radius + relaxed.rounding, half, left, short[states])]
     if len(states) >= half.compare_at:
         undominated = _undominated(used, relaxed.worth(used) - short, states, relaxed)
         # Comparing takes longer than all else: where it leaves out little, the next time is put off.

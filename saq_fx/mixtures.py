@@ -15,7 +15,7 @@ from saq_fx.fake_quantization import clip_activation, clip_weight, deviation, gu
 from saq_fx.precision import FLOAT_BITS
 from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
 
-_BLOCK = 2**16
+_BLOCK = 2**17
 """Elements that are worked on together: few enough for the cache of a core, enough to hide the cost of a call."""
 
 
@@ -88,6 +88,10 @@ class MixtureQuantizer(nn.Module):
     def probabilities(self) -> Tensor:
         """How much of each candidate is in the mixture, (candidates,)."""
         return (self.logits / self.temperature).softmax(0)
+
+    def log_probabilities(self) -> Tensor:
+        """Their logarithms, finite also where a probability is too small for its type."""
+        return (self.logits / self.temperature).log_softmax(0)
 
     def expected_bits(self) -> Tensor:
         """`sum_b p_b b`, a 0-d tensor."""
@@ -224,7 +228,7 @@ class _Mix(torch.autograd.Function):
         candidates = _Candidates.of(probabilities, levels, offsets, ctx.center, ctx.grids)
         edges = _edges(levels, offsets, ctx.center, ctx.grids)
         grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        sums = []
+        sums, from_zero = [], offsets is None and not ctx.center
         for work, block, grad_block, grad_x_block in _blocks(len(edges), x, grad, grad_x):
             candidates.write_codes(block, work)
             of_codes = work.mv(grad_block)
@@ -232,7 +236,8 @@ class _Mix(torch.autograd.Function):
                 # A comparison and a product would take four times as long.
                 torch.ops.aten.hardtanh_backward.grad_input(grad_block, block, low, high, grad_input=inside)
             torch.mv(work.T, probabilities, out=grad_x_block)
-            sums.append(torch.stack([of_codes, work.sum(1), work.mv(block)]))
+            passed = torch.zeros_like(of_codes) if from_zero else work.sum(1)
+            sums.append(torch.stack([of_codes, passed, work.mv(block)]))
         totals = torch.stack(sums).sum(0, dtype=torch.double).tolist()
         gradients = candidates.gradients(totals, float(grad.sum()), x.numel())
         of_probabilities, of_levels, of_offsets = (levels.new_tensor(each) for each in gradients)

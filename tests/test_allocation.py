@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saq_fx import knapsack
+from saq_fx import knapsack, knapsack_core
 from saq_fx.allocation import Constraint, Table, allocate, allocate_under, frontier, smallest
 from saq_fx.errors import InfeasibleBudgetError, PrecisionError, SaqError
 
@@ -85,6 +85,14 @@ def test_one_constraint_equals_brute_force(instance: tuple[list[Constraint], Tab
 @given(st.integers(2, 3).flatmap(instances))
 def test_several_constraints_equal_brute_force(instance: tuple[list[Constraint], Table]) -> None:
     check_against_brute_force(*instance)
+
+
+@given(st.integers(1, 3).flatmap(instances))
+def test_bounds_by_other_prices_leave_the_optimum(instance: tuple[list[Constraint], Table]) -> None:
+    """They are for long lists: here they are asked for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack_core, "FEW", 0)
+        check_against_brute_force(*instance)
 
 
 @contextmanager
@@ -242,7 +250,7 @@ def test_limits_that_even_fractions_cannot_keep_are_refused_at_once() -> None:
 
 
 def test_unfinished_search_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knapsack, "EFFORTS", (0.1,))
+    monkeypatch.setattr(knapsack, "TURNS", ((100_000, 0.1),))
     columns, scores = three_budgets(200, (0.3, 0.1, 0.8))
     with pytest.warns(UserWarning, match="not proven optimal; one may score .* more"):
         chosen = allocate_under(columns, scores)
@@ -250,7 +258,7 @@ def test_unfinished_search_warns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_allocation_found_is_not_called_infeasible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knapsack, "EFFORTS", ())
+    monkeypatch.setattr(knapsack, "TURNS", ())
     with pytest.raises(SaqError, match=r"found no allocation .* and no proof") as caught:
         allocate_under([Constraint([[0, 2]], 1), Constraint([[2, 0]], 2)], [[1, 1]])
     assert not isinstance(caught.value, InfeasibleBudgetError)

@@ -356,3 +356,9 @@ def test_any_feasible_budget_of_any_kind_is_kept(result: SearchResult, shares: l
     }
     for budget in budgets:
         assert measured[budget.kind] <= budget.value
+
+
+def test_a_budget_beyond_all_numbers_limits_nothing(gm: Any) -> None:
+    widest = draw_random(gm, budget="avg8").policy
+    for budget in ("avg1e308", "1e308xW8A8", "1e308"):
+        assert draw_random(gm, budget=budget).policy == widest

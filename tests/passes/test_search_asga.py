@@ -406,7 +406,7 @@ def test_ablations_are_what_their_names_say(name: str) -> None:
         assert radii == [0.1] * 3
     if name == "EdMIPS":
         found = choices(result.graph_module)
-        assert result.scores[0] == tuple(found[0].probabilities().log().tolist())
+        assert result.scores[0] == pytest.approx(found[0].probabilities().log().tolist(), rel=1e-6)
         assert {step.temperature for step in result.history} == {1.0}
 
 
@@ -556,3 +556,15 @@ def test_a_relaxed_graph_loads_its_own_state() -> None:
     assert torch.equal(gm(x), other(x))
     with pytest.raises(PassError, match="bits are being searched"):
         apply_policy(gm, "W3A3")
+
+
+def test_log_probabilities_stay_finite_where_probabilities_underflow() -> None:
+    gm = relaxed()
+    (choice,) = choices(gm)
+    of_weight = torch.tensor([0.0, -800.0, -1600.0], dtype=torch.float64)
+    with torch.no_grad():
+        choice.mixtures[0].logits.copy_(of_weight)
+    options = SearchAsga(batches(1), F.cross_entropy, beta=1e-9, logits_lr=0.0, score="probability")
+    (scores,) = options.run(gm).scores
+    expected = of_weight.repeat_interleave(len(BITS)) - math.log(len(BITS))
+    torch.testing.assert_close(torch.tensor(scores, dtype=torch.float64), expected)

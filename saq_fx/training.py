@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from saq_fx.batching import Chunk, cut
 from saq_fx.direction import Direction
 from saq_fx.errors import CheckpointError, TrainingError
+from saq_fx.gradients import add_gradients, all_finite, gradient_of
 from saq_fx.graph import SaqGraphModule
 from saq_fx.parallel import Workers, local
 from saq_fx.parameters import parameter_kinds
@@ -291,11 +292,11 @@ class SAQ(Optimizer):
         loss = torch.stack(losses).sum()
         self._workers.average([loss])
         parameters = self._with_gradient()
-        norm = self._norm([_gradient(parameter) for parameter in parameters]) / factor
-        if not _all_finite(norm, loss):
+        norm = self._norm([gradient_of(parameter) for parameter in parameters]) / factor
+        if not all_finite(norm, loss):
             return StepStatistics(loss, norm / self._loss_scale, skipped=True)
         if self.losses != "vanilla":
-            self._direction.add_to({parameter: _gradient(parameter) for parameter in parameters}, self.beta * norm)
+            self._direction.add_to({parameter: gradient_of(parameter) for parameter in parameters}, self.beta * norm)
         return StepStatistics(loss, norm / self._loss_scale)
 
     def _two_passes(self, parts: list[Chunk]) -> StepStatistics:
@@ -321,29 +322,30 @@ class SAQ(Optimizer):
                 loss = each_loss.mean()
                 parameters = self._with_gradient()
                 ascent = self._ascent(parameters, leaves)
-                finite = _all_finite(ascent.norm, loss)
+                finite = all_finite(ascent.norm, loss)
                 # Workers may have different numbers of parts, and meet once: at the last, or where one gives up.
                 if last or not finite or self._workers.sharded:
                     finite = self._workers.all_agree(finite, loss.device)
                 if not finite:
                     return StepStatistics(loss, ascent.norm / self._loss_scale, skipped=True)
-                _add(vanilla, parameters, memory, keep=lasting)
+                add_gradients(vanilla, parameters, memory, keep=lasting)
                 before = self._weight_codes()
                 with ascent.climbed(self.rho), preserve_state(self._module), random_state.replay():
                     moved = moved_share(before, self._weight_codes())
                     self.zero_grad()
                     if last and self._workers.finds_unused:
-                        _zero_gradients(vanilla)  # DDP fails on those that only earlier passes have used
+                        for each in vanilla:  # DDP fails on those that only earlier passes have used
+                            gradient_of(each)
                     with self._workers.unsynchronized(last):
                         perturbed_loss = self._backward(partial(part.second, each_loss), part.share).mean()
             if len(parts) > 1:
-                _add(sharp, self._reached(), {}, keep=lasting)
+                add_gradients(sharp, self._reached(), {}, keep=lasting)
             losses.append(part.share * loss)
             perturbed_losses.append(part.share * perturbed_loss)
         loss, perturbed_loss = torch.stack(losses).sum(), torch.stack(perturbed_losses).sum()
         self._workers.average([loss, perturbed_loss])
         for parameter, gradient in sharp.items():
-            _gradient(parameter).copy_(gradient)
+            gradient_of(parameter).copy_(gradient)
         if self._workers.several:
             everywhere = self._of_any_worker(vanilla)
             vanilla = {each: vanilla.get(each, torch.zeros_like(local(each.detach()))) for each in everywhere}
@@ -353,7 +355,7 @@ class SAQ(Optimizer):
         self, vanilla: dict[Tensor, Tensor], loss: Tensor, perturbed_loss: Tensor, moved: float | None
     ) -> StepStatistics:
         """Makes g_s, in the parameters, what the objective asks for, and keeps g_v in the memory of g."""
-        g, g_s = list(vanilla.values()), [_gradient(parameter) for parameter in vanilla]
+        g, g_s = list(vanilla.values()), [gradient_of(parameter) for parameter in vanilla]
         self._workers.average_gradients([*g, *g_s])
         squares = torch.stack([inner_product(g, g), inner_product(g_s, g), inner_product(g_s, g_s)])
         square, product, sharp_square = self._workers.sum_of_shards(squares).tolist()
@@ -366,7 +368,7 @@ class SAQ(Optimizer):
             product / (norm * sharp_norm) if norm and sharp_norm else None,
             moved,
         )
-        if not _all_finite(norm + sharp_norm, loss + perturbed_loss):
+        if not all_finite(norm + sharp_norm, loss + perturbed_loss):
             return replace(statistics, cosine=None, skipped=True)
         projection = product / square if square else 0.0
         if self.losses == "both":
@@ -397,9 +399,9 @@ class SAQ(Optimizer):
         trained = set(parameters)
         active = [not trained.isdisjoint(weight.parameters) for weight in self._weights]
         deltas = [delta for _, delta in compress(leaves, active)]
-        directions = [_gradient(source) for source, _ in compress(leaves, active)]
+        directions = [gradient_of(source) for source, _ in compress(leaves, active)]
         in_place = [parameter for parameter in parameters if self._is_perturbed_in_place(parameter)]
-        moved, in_place_directions = [local(p) for p in in_place], [_gradient(p) for p in in_place]
+        moved, in_place_directions = [local(p) for p in in_place], [gradient_of(p) for p in in_place]
         if self._workers.sharded:
             self._workers.average(directions)
         if self.adaptive:
@@ -467,39 +469,3 @@ def _outermost_graphs(module: nn.Module) -> list[SaqGraphModule]:
     if isinstance(module, SaqGraphModule):
         return [module]
     return list(dict.fromkeys(graph for child in module.children() for graph in _outermost_graphs(child)))
-
-
-def _gradient(tensor: Tensor) -> Tensor:
-    """The gradient of a leaf tensor, made of zeros where the loss did not reach it; of a sharded one, the shard."""
-    if tensor.grad is None:
-        tensor.grad = torch.zeros_like(tensor)
-    return local(tensor.grad)
-
-
-def _zero_gradients(parameters: Iterable[Tensor]) -> None:
-    for parameter in parameters:
-        _gradient(parameter)
-
-
-def _add(
-    totals: dict[Tensor, Tensor], parameters: list[nn.Parameter], memory: dict[Tensor, Tensor], *, keep: bool
-) -> None:
-    """Adds the parameters' gradients to totals, which begin as copies in the memory given, or as those, if kept."""
-    known = [parameter for parameter in parameters if parameter in totals]
-    new = [parameter for parameter in parameters if parameter not in totals]
-    if known:
-        torch._foreach_add_([totals[parameter] for parameter in known], [_gradient(parameter) for parameter in known])
-    gradients = [_gradient(parameter) for parameter in new]
-    if new and not keep:
-        copies = [torch.empty_like(g) for g in gradients]
-        for index, (parameter, gradient) in enumerate(zip(new, gradients, strict=True)):
-            held = memory.get(parameter)
-            if held is not None and (held.dtype, held.device) == (gradient.dtype, gradient.device):
-                copies[index] = held
-        torch._foreach_copy_(copies, gradients)
-        gradients = copies
-    totals.update(zip(new, gradients, strict=True))
-
-
-def _all_finite(norm: float, loss: Tensor) -> bool:
-    return math.isfinite(norm) and math.isfinite(float(loss))

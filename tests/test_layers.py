@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
     0: "errors precision recipe fake_quantization fitting quantizers mixtures sharpness allocation knapsack "
-    "knapsack_core batching parallel parameters training_recipe direction distillation nested mac_counter",
+    "knapsack_core batching parallel parameters training_recipe direction distillation gradients nested mac_counter",
     1: "alignment annotation attention bytecode capture dataflow effects example_values exported graph guards modes "
     "mutation operation_names operators pass_base patching places proxies recording resizing rewriting runtime scopes "
     "shapes signs state symbolic tracing uncounted",

@@ -78,7 +78,10 @@ def resized(value: Any) -> Any:
         axis = -2 if value.dim() >= 3 else -1
         return torch.cat([value, value.narrow(axis, 0, 32)], axis) if value.dim() >= 3 else value[:, :-2]
     if isinstance(value, dict):
-        return {key: resized(each) if key not in ("boxes", "labels", "masks") else each for key, each in value.items()}
+        return {
+            key: resized(each) if key not in ("boxes", "labels", "masks", "keypoints") else each
+            for key, each in value.items()
+        }
     return type(value)(resized(each) for each in value)
 
 

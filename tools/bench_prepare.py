@@ -12,7 +12,6 @@ import gc
 import json
 import math
 import platform
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torchvision
+from bench_training import stopwatch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
@@ -45,18 +45,6 @@ class Tower(nn.Module):
             y = torch.relu(layer(x))
             x = x + y if self.residual else y
         return x
-
-
-def stopwatch(device: torch.device) -> Callable[[], float]:
-    """Seconds so far: of the processor on a CPU, of the clock, with all work done, on a GPU."""
-
-    def seconds() -> float:
-        if device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return seconds
 
 
 def one_round(model: nn.Module, example: Tensor, clock: Callable[[], float]) -> dict[str, float]:

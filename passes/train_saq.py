@@ -3,15 +3,13 @@
 import io
 import os
 import pickle
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,6 +30,7 @@ from saq_fx.passes.reestimate_batchnorm import ReestimateBatchNorm
 from saq_fx.precision import write_whole
 from saq_fx.quantizers import Quantizer
 from saq_fx.report import precision_report
+from saq_fx.resume import Generators, differences
 from saq_fx.shapes import evaluating
 from saq_fx.tracing import ExampleInputs, split_inputs
 from saq_fx.training import SAQ
@@ -148,7 +147,8 @@ class _Run:
         self.total = recipe.epochs * len(self.batches)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.total)
         self.step = 0
-        self.epoch_random = self._random_states()
+        self.generators = Generators(self.device, options.batches)
+        self.epoch_random = self.generators.state()
 
     def _set_levels(self) -> None:
         """Fits levels that are not set yet; all workers then get the first one's, with its parameters."""
@@ -174,7 +174,7 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "lower type": str(self.lower_type),
             "bits": {name: quantizer.bits for name, quantizer in quantizers.items()},
-            "generators of the loader": len(_generators(self.options.batches)),
+            "generators of the loader": len(self.generators.of_loader),
         }
 
     def train(self) -> None:
@@ -206,18 +206,18 @@ class _Run:
         from accelerate.utils import send_to_device
 
         per_epoch = len(self.batches)
-        resumed = self._random_states() if self.step % per_epoch else None
+        resumed = self.generators.state() if self.step % per_epoch else None
         while self.step < self.total:
             done = self.step % per_epoch
             if not done:
-                self.epoch_random = self._random_states()
+                self.epoch_random = self.generators.state()
             else:
-                self._restore(self.epoch_random)
+                self.generators.restore(self.epoch_random)
             batches = iter(self.batches)
             for _ in range(done):
                 next(batches, None)
             if resumed is not None:
-                self._restore(resumed)
+                self.generators.restore(resumed)
                 resumed = None
             for index in range(done, per_epoch):
                 batch = next(batches, None)
@@ -285,7 +285,7 @@ class _Run:
             return
         from accelerate.utils import gather_object
 
-        random_states = gather_object([(self.epoch_random, self._random_states())])
+        random_states = gather_object([(self.epoch_random, self.generators.state())])
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -312,7 +312,7 @@ class _Run:
                 raise ValueError("it holds something else")
         except (RuntimeError, EOFError, LookupError, OSError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{self._file} is not a checkpoint of TrainSaq: {error}") from error
-        other = _differences(state["identity"], self._identity())
+        other = differences(state["identity"], self._identity())
         if other:
             raise CheckpointError(f"{self._file} is of a run with other {', '.join(other)}: use another folder")
         try:
@@ -327,25 +327,7 @@ class _Run:
         self.epoch_random, current = state["random"][self.accelerator.process_index]
         if self.step >= len(self.batches) and getattr(self.batches, "persistent_workers", False):
             next(iter(self.batches))  # workers that persist take a seed in the first epoch only
-        self._restore(current)
-
-    def _random_states(self) -> list[Any]:
-        """Of the generators of the CPU, the device (empty if that is the CPU), Python, numpy and the loader."""
-        of_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.empty(0)
-        name, keys, *rest = np.random.get_state()
-        of_numpy = (name, torch.tensor(keys, dtype=torch.int64), *rest)  # in types that can be sent and safely loaded
-        of_loader = [each.get_state() for each in _generators(self.options.batches)]
-        return [torch.get_rng_state(), of_device, random.getstate(), of_numpy, *of_loader]
-
-    def _restore(self, states: list[Any]) -> None:
-        of_cpu, of_device, of_python, (name, keys, *rest), *of_loader = states
-        torch.set_rng_state(of_cpu)
-        random.setstate(of_python)
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(of_device, self.device)
-        for generator, state in zip(_generators(self.options.batches), of_loader, strict=True):
-            generator.set_state(state)
+        self.generators.restore(current)
 
 
 def _pair(batch: Any) -> Batch:
@@ -355,20 +337,6 @@ def _pair(batch: Any) -> Batch:
             f"batches must give pairs (inputs, targets), not {found}: wrap the loader, or its collate_fn"
         )
     return batch[0], batch[1]
-
-
-def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """What differs, with both values; of what has parts, the first parts that do."""
-    found = []
-    for name, value in own.items():
-        before = saved.get(name)
-        if before == value:
-            continue
-        if isinstance(before, dict) and isinstance(value, dict):
-            found.append(f"{name} ({'; '.join(_differences(before, value)[:3])})")
-        else:
-            found.append(f"{name} ({before}, here {value})")
-    return found
 
 
 def _accelerator() -> Any:
@@ -400,11 +368,3 @@ def _writer(folder: str | os.PathLike[str] | None, step: int) -> Any:
     except ImportError as error:
         raise MissingExtraError("logs need tensorboard: pip install 'saq_fx[train]'") from error
     return SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
-
-
-def _generators(batches: Any) -> list[torch.Generator]:
-    """The random generators that a loader, or its samplers, were given."""
-    by_batch = getattr(batches, "batch_sampler", None)
-    holders = (batches, getattr(batches, "sampler", None), by_batch, getattr(by_batch, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return list(dict.fromkeys(each for each in found if isinstance(each, torch.Generator)))

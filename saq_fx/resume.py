@@ -3,10 +3,12 @@
 import io
 import os
 import pickle
+import random
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,6 +31,54 @@ def set_random_state(state: Sequence[Tensor]) -> None:
     torch.set_rng_state(state[0])
     if state[1:]:
         torch.cuda.set_rng_state_all(list(state[1:]))
+
+
+class Generators:
+    """The generators that training draws from: torch's on the CPU and on a device, Python's, numpy's, a loader's."""
+
+    def __init__(self, device: torch.device, batches: Any) -> None:
+        self._device, self._batches = device, batches
+
+    @property
+    def of_loader(self) -> list[torch.Generator]:
+        """Those that the loader, or its samplers, were given."""
+        by_batch = getattr(self._batches, "batch_sampler", None)
+        holders = (self._batches, getattr(self._batches, "sampler", None), by_batch, getattr(by_batch, "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        return list(dict.fromkeys(each for each in found if isinstance(each, torch.Generator)))
+
+    def state(self) -> list[Any]:
+        """Of all, in types that can be sent and safely loaded; that of the device is empty where it is the CPU."""
+        of_device = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.empty(0)
+        name, keys, *rest = np.random.get_state()
+        of_numpy = (name, torch.tensor(keys, dtype=torch.int64), *rest)
+        of_loader = [each.get_state() for each in self.of_loader]
+        return [torch.get_rng_state(), of_device, random.getstate(), of_numpy, *of_loader]
+
+    def restore(self, state: list[Any]) -> None:
+        """The inverse of `state`."""
+        of_cpu, of_device, of_python, (name, keys, *rest), *of_loader = state
+        torch.set_rng_state(of_cpu)
+        random.setstate(of_python)
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(of_device, self._device)
+        for generator, of_generator in zip(self.of_loader, of_loader, strict=True):
+            generator.set_state(of_generator)
+
+
+def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """What differs, with both values; of what has parts, the first parts that do."""
+    found = []
+    for name, value in own.items():
+        before = saved.get(name)
+        if before == value:
+            continue
+        if isinstance(before, dict) and isinstance(value, dict):
+            found.append(f"{name} ({'; '.join(differences(before, value)[:3])})")
+        else:
+            found.append(f"{name} ({before}, here {value})")
+    return found
 
 
 def save_state(

@@ -133,11 +133,29 @@ def preserve_buffers(module: nn.Module) -> Iterator[None]:
         buffers.restore()
 
 
+class HostRandom:
+    """The generators of Python and numpy as they are now."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy: Any = np.random.get_state()
+
+    def put_back(self) -> bool:
+        """Makes the generators what they were; whether they were drawn from."""
+        numpy: Any = np.random.get_state()
+        same = numpy[2:] == self._numpy[2:] and np.array_equal(numpy[1], self._numpy[1])
+        if same and random.getstate() == self._python:
+            return False
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        return True
+
+
 class RandomState:
     """The random generators of torch on the CPU and the CUDA devices that hold `tensors`, of Python and of numpy."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._host = HostRandom()
         self._cpu = torch.get_rng_state()
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
         self._cuda = {device.index: torch.cuda.get_rng_state(device) for device in devices}
@@ -145,18 +163,16 @@ class RandomState:
     @contextmanager
     def replay(self) -> Iterator[None]:
         """Inside, random numbers are drawn from this state; afterwards the generators go on as before."""
-        python, numpy = random.getstate(), np.random.get_state()
+        now = HostRandom()
         with torch.random.fork_rng(devices=list(self._cuda)):
             torch.set_rng_state(self._cpu)
             for device, state in self._cuda.items():
                 torch.cuda.set_rng_state(state, device)
-            random.setstate(self._python)
-            np.random.set_state(self._numpy)
+            self._host.put_back()
             try:
                 yield
             finally:
-                random.setstate(python)
-                np.random.set_state(numpy)
+                now.put_back()
 
 
 @dataclass(frozen=True)

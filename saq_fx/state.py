@@ -1,11 +1,9 @@
 """State that a model keeps in attributes from one call to the next, which no graph has."""
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -13,7 +11,7 @@ from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.operation_names import is_in_place
 from saq_fx.quantizers import Quantizer
-from saq_fx.sharpness import Buffers
+from saq_fx.sharpness import Buffers, HostRandom
 
 Kept = dict[tuple[nn.Module, str], Any]
 """(module, name of an attribute or buffer that forward changes) -> what it was."""
@@ -145,7 +143,7 @@ def reject_written_buffers(kept: Iterable[tuple[nn.Module, str]]) -> None:
 @contextmanager
 def rejected_chance() -> Iterator[None]:
     """Within: drawing from the generators of Python and numpy is an error at the end, for a graph would do it once."""
-    before = _Chance()
+    before = HostRandom()
     try:
         yield
     except BaseException:
@@ -153,24 +151,6 @@ def rejected_chance() -> Iterator[None]:
         raise
     if before.put_back():
         raise TracingError("forward draws random numbers from Python's or numpy's generator, which no graph does")
-
-
-class _Chance:
-    """The generators of Python and numpy as they are now."""
-
-    def __init__(self) -> None:
-        self._python = random.getstate()
-        self._numpy: Any = np.random.get_state()
-
-    def put_back(self) -> bool:
-        """Makes the generators what they were; whether they were drawn from."""
-        numpy: Any = np.random.get_state()
-        same = numpy[2:] == self._numpy[2:] and np.array_equal(numpy[1], self._numpy[1])
-        if same and random.getstate() == self._python:
-            return False
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        return True
 
 
 class ForwardState:
@@ -214,7 +194,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unmoved(model: nn.Module) -> Iterator[None]:
     """Within: the model may run. Afterwards its state, and the generators of Python and numpy, are as before."""
-    chance = _Chance()
+    chance = HostRandom()
     try:
         with preserve_state(model):
             yield

@@ -21,13 +21,7 @@ from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched
 from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
-from saq_fx.runtime import (
-    build_object,
-    class_name,
-    find_class,
-    is_importable,
-    require_default,
-)
+from saq_fx.runtime import build_object, class_name, find_class, is_importable, require_default
 from saq_fx.scopes import GradientFlow
 from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance
 

@@ -18,7 +18,7 @@ from saq_fx.graph import SaqGraphModule
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import Budget
-from saq_fx.resume import load_state, random_state, save_state, set_random_state
+from saq_fx.resume import Generators, load_state, save_state
 from saq_fx.sharpness import curvature
 from saq_fx.tracing import ExampleInputs, split_inputs
 from saq_fx.two_passes import TwoPasses
@@ -243,7 +243,8 @@ class _Search:
         self.radius, self.mean_gap, self.price = options.rho, 0.0, 0.0
         self.gains = [torch.zeros_like(logits) for logits in self.logits]
         self.history: list[SearchStep] = []
-        self.round_start, self.round_random = 0, random_state()
+        self.generators = Generators(self.logits[0].device, options.batches)
+        self.round_start, self.round_random = 0, self.generators.state()
         if options.budgets:
             self._start_at_budget()
 
@@ -259,16 +260,16 @@ class _Search:
 
     def round_of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """One round through the batches; after resuming, what the interrupted round has left."""
-        here = random_state()
+        here = self.generators.state()
         skipped = self.done - self.round_start
-        if skipped == 0:
+        if not skipped:
             self.round_random = here
-        set_random_state(self.round_random)  # it decides how a loader shuffles
+        self.generators.restore(self.round_random)  # it decides how a loader shuffles
         rest = iter(batches)
         if skipped:
             for _ in islice(rest, skipped):
                 pass
-            set_random_state(here)
+            self.generators.restore(here)
         yield from rest
         self.round_start = self.done
 
@@ -368,6 +369,7 @@ class _Search:
             "steps": self.steps,
             "candidates": {name: list(mixture.candidates) for name, mixture in self.mixtures.items()},
             "budgets": list(map(str, self.options.budgets)),
+            "generators of the loader": len(self.generators.of_loader),
             **{name: getattr(self.options, name) for name in _SETTINGS},
         }
 
@@ -378,11 +380,12 @@ class _Search:
             **{name: getattr(self, name) for name in _VALUES},
             "history": [asdict(step) for step in self.history],
         }
-        save_state(self.options.checkpoint or "", self.gm, self.optimizers, values)
+        save_state(self.options.checkpoint or "", self.gm, self.optimizers, self.generators, values)
 
     def resume(self) -> None:
         """Goes on from what `save` wrote."""
-        values = load_state(self.options.checkpoint or "", self.gm, self.optimizers, self.settings)
+        path, optimizers = self.options.checkpoint or "", self.optimizers
+        values = load_state(path, self.gm, optimizers, self.generators, self.settings)
         self.history = list(map(SearchStep.from_dict, values["history"]))
         for name in _VALUES:
             setattr(self, name, values[name])

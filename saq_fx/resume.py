@@ -17,20 +17,8 @@ from saq_fx.errors import CheckpointError
 from saq_fx.precision import write_whole
 from saq_fx.quantizers import Quantizer
 
-_FORMAT = "saq_fx.state.1"
+_FORMAT = "saq_fx.state.2"
 _PARTS = {"format", "tensors", "initialized", "optimizers", "random", "values"}
-
-
-def random_state() -> list[Tensor]:
-    """Of the generators of the CPU, then of each CUDA device."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def set_random_state(state: Sequence[Tensor]) -> None:
-    """The inverse of `random_state`."""
-    torch.set_rng_state(state[0])
-    if state[1:]:
-        torch.cuda.set_rng_state_all(list(state[1:]))
 
 
 class Generators:
@@ -82,7 +70,11 @@ def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
 
 
 def save_state(
-    path: str | os.PathLike[str], module: nn.Module, optimizers: Sequence[Optimizer], values: dict[str, Any]
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    generators: Generators,
+    values: dict[str, Any],
 ) -> None:
     """Writes tensors of a module, states of optimizers and random generators, and plain values; whole or not at all."""
     state = {
@@ -90,7 +82,7 @@ def save_state(
         "tensors": dict(_tensors(module)),
         "initialized": {name: each.initialized for name, each in _quantizers(module)},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "random": random_state(),
+        "random": generators.state(),
         "values": values,
     }
     content = io.BytesIO()
@@ -99,7 +91,11 @@ def save_state(
 
 
 def load_state(
-    path: str | os.PathLike[str], module: nn.Module, optimizers: Sequence[Optimizer], expected: dict[str, Any]
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    generators: Generators,
+    expected: dict[str, Any],
 ) -> dict[str, Any]:
     """Restores what `save_state` wrote, and returns the values.
 
@@ -123,7 +119,7 @@ def load_state(
         quantizer.initialized = state["initialized"][name]
     for optimizer, of_optimizer in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(of_optimizer)
-    set_random_state(state["random"])
+    generators.restore(state["random"])
     values: dict[str, Any] = state["values"]
     return values
 

@@ -3,12 +3,13 @@
 `python tools/reproduce_saq.py [--networks resnet mobilenet vit] [--seeds 5] [--folder benchmarks]`
 
 Every run is kept in `saq_NETWORK.json` as soon as it ends, and not repeated; `saq.md` is made of all that is there.
-The learning rate (of plain training, where a setting has several) and then the radius rho are chosen per network and
-bit-width on images used neither for training nor for the test, with seeds that the table does not use.
+The learning rates (of plain training, where a setting has several) and then the radius rho are chosen per network, in
+float and per bit-width, on images used neither for training nor for the test, with seeds that the table does not use.
 """
 
 import argparse
 import copy
+import functools
 import json
 import math
 import platform
@@ -70,7 +71,7 @@ class Setting:
     make: Callable[[], nn.Module]
     images: int
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
-    float_lr: float
+    float_rates: tuple[float, ...]
     float_epochs: int
     rates: tuple[float, ...]
     epochs: int
@@ -89,11 +90,11 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 CNN_RADII = (0.1, 0.3, 0.5, 1.0)
 VIT_RADII = (0.02, 0.05, 0.1, 0.3)
-VIT_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+VIT_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SETTINGS = {
-    "resnet": Setting(SmallResNet, 300, sgd, 0.1, 40, (0.02,), 40, CNN_RADII),
-    "mobilenet": Setting(SmallMobileNet, 300, sgd, 0.1, 40, (0.02,), 40, CNN_RADII),
-    "vit": Setting(SmallViT, 700, adamw, 3e-3, 40, VIT_RATES, 40, VIT_RADII),
+    "resnet": Setting(SmallResNet, 300, sgd, (0.1,), 40, (0.02,), 40, CNN_RADII),
+    "mobilenet": Setting(SmallMobileNet, 300, sgd, (0.1,), 40, (0.02,), 40, CNN_RADII),
+    "vit": Setting(SmallViT, 700, adamw, VIT_RATES, 40, VIT_RATES, 40, VIT_RADII),
 }
 
 
@@ -126,7 +127,7 @@ class Bench:
 
     name: str
     results: Results
-    floats: dict[tuple[int, float], nn.Module] = field(default_factory=dict)
+    floats: dict[tuple[int, float, float], nn.Module] = field(default_factory=dict)
 
     @property
     def setting(self) -> Setting:
@@ -139,18 +140,25 @@ class Bench:
         count = self.setting.images
         return Images(pool.x[:count], pool.y[:count]), Images(pool.x[count:], pool.y[count:]), test
 
-    def float_model(self, seed: int, rho: float = 0.0) -> nn.Module:
+    @functools.cached_property
+    def float_lr(self) -> float:
+        """The learning rate of training in float."""
+        return self.best("float rate", self.setting.float_rates, lambda lr, s: self.choosing(self.float_model(s, lr)))
+
+    def float_model(self, seed: int, lr: float, rho: float = 0.0) -> nn.Module:
         """A model trained in float, by SAM with a radius."""
-        if (seed, rho) not in self.floats:
+        if (seed, lr, rho) not in self.floats:
             torch.manual_seed(seed)
             model = self.setting.make()
-            base = self.setting.optimizer(model, self.setting.float_lr)
             losses = "perturbed" if rho else "vanilla"
-            train(
-                model, SAQ(model, base, rho, period=1, losses=losses), self.images()[0], self.setting.float_epochs, seed
-            )
-            self.floats[seed, rho] = model
-        return self.floats[seed, rho]
+            optimizer = SAQ(model, self.setting.optimizer(model, lr), rho, period=1, losses=losses)
+            train(model, optimizer, self.images()[0], self.setting.float_epochs, seed)
+            self.floats[seed, lr, rho] = model
+        return self.floats[seed, lr, rho]
+
+    def choosing(self, model: nn.Module) -> float:
+        """Accuracy on the images for choosing."""
+        return accuracy(model, self.images()[1].batches(BATCH))
 
     def quantized(
         self, bits: str, lr: float, rho: float, seed: int, flat: float, options: dict[str, Any]
@@ -159,7 +167,7 @@ class Bench:
         options = dict(options)
         rho *= options.pop("radius_factor", 1)
         lr *= options.pop("lr_factor", 1)
-        model = self.float_model(seed, flat if options.pop("flat_start", False) else 0.0)
+        model = self.float_model(seed, self.float_lr, flat if options.pop("flat_start", False) else 0.0)
         training, reduction = self.images()[0], options.pop("reduction", "mean")
         gm = prepare_saq(copy.deepcopy(model).train(), example_inputs=training.x[:256], precision=bits)
         optimizer = SAQ(gm, self.setting.optimizer(gm, lr), rho, **options)
@@ -180,15 +188,13 @@ class Bench:
 
     def chosen(self) -> tuple[float, dict[str, tuple[float, float]]]:
         """The radius of training in float; the learning rate and the radius at each width."""
-        setting, choosing = self.setting, self.images()[1]
-        flat = self.best(
-            "float", setting.radii, lambda rho, s: accuracy(self.float_model(s, rho), choosing.batches(BATCH))
-        )
+        setting = self.setting
+        flat = self.best("float", setting.radii, lambda rho, s: self.choosing(self.float_model(s, self.float_lr, rho)))
         chosen = {}
         for bits in BITS:
 
             def after(lr: float, rho: float, seed: int, options: dict[str, Any], bits: str = bits) -> float:
-                return accuracy(self.quantized(bits, lr, rho, seed, 0.0, options)[0], choosing.batches(BATCH))
+                return self.choosing(self.quantized(bits, lr, rho, seed, 0.0, options)[0])
 
             lr = self.best(f"{bits} rate", setting.rates, lambda lr, s: after(lr, 0.0, s, METHODS["plain QAT"]))
             chosen[bits] = lr, self.best(bits, setting.radii, lambda rho, s, lr=lr: after(lr, rho, s, EVERY_STEP))  # type: ignore[misc]
@@ -202,7 +208,9 @@ class Bench:
             for rho, name in ((0.0, "float"), (flat, "float, by SAM")):
                 self.results.get(
                     f"{name}||{rho}|{seed}",
-                    lambda r=rho, s=seed: {"accuracy": accuracy(self.float_model(s, r), test.batches(BATCH))},  # type: ignore[misc]
+                    lambda r=rho, s=seed: {  # type: ignore[misc]
+                        "accuracy": accuracy(self.float_model(s, self.float_lr, r), test.batches(BATCH))
+                    },
                 )
             for bits, (lr, rho) in chosen.items():
                 for method, options in METHODS.items():

@@ -2,11 +2,13 @@
 
 import copy
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.optimize import brentq
@@ -340,20 +342,39 @@ class Interrupted(Exception):
     """Stands for a killed process."""
 
 
-def loader() -> DataLoader[Any]:
-    """A loader that shuffles by torch's own generator."""
+class Augmented(TensorDataset):
+    """Images that Python's generator flips and numpy's makes brighter."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, label = super().__getitem__(index)
+        return (image.flip(-1) if random.random() < 0.5 else image) + np.random.rand(), label
+
+
+def loader(generator: torch.Generator | None) -> DataLoader[Any]:
+    """A loader that shuffles by torch's own generator or by its own."""
     torch.manual_seed(1)
-    images = TensorDataset(torch.randn(40, 1, 8, 8), torch.randint(10, (40,)))
-    return DataLoader(images, batch_size=8, shuffle=True)
+    images = Augmented(torch.randn(40, 1, 8, 8), torch.randint(10, (40,)))
+    return DataLoader(images, batch_size=8, shuffle=True, generator=generator)
 
 
+def seed_all(seed: int, generator: torch.Generator | None) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    if generator is not None:
+        generator.manual_seed(seed)
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["torch's generator", "a loader's generator"])
 @pytest.mark.parametrize("stop", [4, 5, 7])
-def test_a_resumed_search_is_the_uninterrupted_one(stop: int, tmp_path: Path) -> None:
+def test_a_resumed_search_is_the_uninterrupted_one(
+    stop: int, generator: torch.Generator | None, tmp_path: Path
+) -> None:
     """Bit for bit, from the end of a round through the loader and from the middle of one."""
     budgets, path = (Budget.ratio(0.2),), tmp_path / "state.pt"
-    data, gm, whole = loader(), small_resnet(), []
-    torch.manual_seed(2)
-    expected = SearchAsga(data, F.cross_entropy, budgets, steps=12, after_step=whole.append).run(copy.deepcopy(gm))
+    data, gm = loader(generator), small_resnet()
+    seed_all(2, generator)
+    expected = SearchAsga(data, F.cross_entropy, budgets, steps=12).run(copy.deepcopy(gm))
 
     def interrupt(_: SearchStep) -> None:
         seen.append(_)
@@ -362,10 +383,10 @@ def test_a_resumed_search_is_the_uninterrupted_one(stop: int, tmp_path: Path) ->
 
     seen: list[SearchStep] = []
     options = SearchAsga(data, F.cross_entropy, budgets, steps=12, checkpoint=path, checkpoint_steps=stop)
-    torch.manual_seed(2)
+    seed_all(2, generator)
     with pytest.raises(Interrupted):
         replace(options, after_step=interrupt).run(copy.deepcopy(gm))
-    torch.manual_seed(3)
+    seed_all(3, generator)
     resumed = copy.deepcopy(gm)
     result = options.run(resumed)
     assert result.history == expected.history

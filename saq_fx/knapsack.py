@@ -24,6 +24,8 @@ Row: TypeAlias = list[tuple[int, ...]]  # of each choice of a group: its cost by
 
 TOLERANCE = 1e-9  # of the range of scores, where the exact search would outgrow its lists
 QUICK, THOROUGH, EXACT = 1 << 14, 1 << 18, 1 << 20  # partial allocations in a list
+NEIGHBOURHOODS, FREE, FEW = 30, 10, 1 << 11  # searches around the best allocation: groups, and states in a list
+WIDER, NEAR = 1.3, 1.25  # a radius by the one before, and how far above it the best allocation's gap may be
 TURNS = ((200_000, 0.0), (1_500_000, 5.0), (6_000_000, 5.0), (24_000_000, 15.0))
 """Partial allocations that each turn of the enumeration may look at, and seconds of HiGHS after it."""
 
@@ -88,6 +90,7 @@ class _Proof:
         self.relaxed, self.work = relaxed, Work(0)
         self.best: Found | None = None
         self.excluded = 0.0
+        self.generator = np.random.default_rng(0)
         self.tolerance = 0.0  # raised where the exact search would be long
         losses = np.where(np.isfinite(relaxed.shortfalls), relaxed.shortfalls, 0.0)
         self.range = float(losses.max(axis=1).sum() + relaxed.prices.sum())
@@ -103,7 +106,7 @@ class _Proof:
 
     def enumerate(self, most: int) -> None:
         """Search the core in widening radii, while there is more to prove and the work is not done."""
-        for step in (self._complete, self._find):
+        for step in (self._complete, self._find, self._improve, self._complete_near):
             self.work.left = most
             try:
                 step()
@@ -125,12 +128,31 @@ class _Proof:
         """Widen the radius until no better allocation is left."""
         whole = True
         while whole and not self.done:
-            radius = max(1.3 * self.excluded, self.start)
-            if self.best is not None and self.best.gap < 1.2 * radius:
+            radius = max(WIDER * self.excluded, self.start)
+            if self.best is not None and self.best.gap < NEAR * radius:
                 radius = self.best.gap
             whole = self._search(radius, EXACT, whole=True)
         if self.best is not None and not self.done:
             self._search(self.best.gap, THOROUGH, whole=False)
+
+    def _improve(self) -> None:
+        """Search a few groups at a time anew, while all others keep the choices of the best allocation."""
+        for _ in range(NEIGHBOURHOODS):
+            if self.best is None or self.done:
+                return
+            core = np.flatnonzero((self.relaxed.shortfalls <= self.best.gap).sum(axis=1) > 1)
+            free = self.generator.choice(core, min(FREE, len(core)), replace=False)
+            around = self.relaxed.around(self.best.chosen, free)
+            radius = self.best.gap - (self.relaxed.bound - around.bound)
+            found = search(around, radius, FEW, self.work, whole=False).found
+            gap = None if found is None else self.relaxed.gap(found.chosen)
+            if found is not None and gap is not None and gap < self.best.gap - self.relaxed.rounding:
+                self.best = Found(gap, found.chosen)
+
+    def _complete_near(self) -> None:
+        """Prove what is almost proven."""
+        if self.best is not None and self.best.gap < NEAR * WIDER * self.excluded:
+            self._complete()
 
     def branch_and_bound(self, form: "_LinearForm", seconds: float) -> None:
         """Leave the core to HiGHS, if there is more to prove.

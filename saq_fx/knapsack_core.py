@@ -5,7 +5,7 @@ another one dominates, and two that fit together are sought over a tree of boxes
 Sahni, Computing partitions with applications to the knapsack problem, 1974).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -71,6 +71,15 @@ class Relaxed:
     def worth(self, costs: Integers) -> Floats:
         """The score that costs [constraints, states] are worth."""
         return self.prices @ self.shares(costs)
+
+    def around(self, chosen: Indices, free: Indices) -> "Relaxed":
+        """The problem whose groups keep their choices but for the free ones; what they fall short is in the bound."""
+        fixed = np.setdiff1d(np.arange(len(chosen)), free)
+        shortfalls = np.full_like(self.shortfalls, np.inf)
+        shortfalls[free] = self.shortfalls[free]
+        shortfalls[fixed, chosen[fixed]] = 0.0
+        bound = self.bound - float(self.shortfalls[fixed, chosen[fixed]].sum())
+        return replace(self, bound=bound, shortfalls=shortfalls, nominal=chosen)
 
     def gap(self, chosen: Indices) -> float | None:
         """By how much an allocation falls short of the bound; None where it exceeds a limit."""

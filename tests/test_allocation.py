@@ -96,10 +96,10 @@ def test_bounds_by_other_prices_leave_the_optimum(instance: tuple[list[Constrain
 
 
 @contextmanager
-def short_lists() -> Iterator[None]:
+def short_lists(most: int = 1) -> Iterator[None]:
     """No room to enumerate, so that HiGHS has to prove, however long a loaded machine takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knapsack, "TURNS", ((1, 60.0),))
+        patch.setattr(knapsack, "TURNS", ((most, 60.0),))
         for name in ("QUICK", "THOROUGH", "EXACT"):
             patch.setattr(knapsack, name, 1)
         yield
@@ -109,6 +109,15 @@ def short_lists() -> Iterator[None]:
 def test_highs_equals_brute_force(instance: tuple[list[Constraint], Table]) -> None:
     with short_lists():
         check_against_brute_force(*instance)
+
+
+@given(st.integers(1, 3).flatmap(lambda count: instances(count, SMALL, SMALL)))
+def test_searches_around_an_allocation_leave_the_optimum(instance: tuple[list[Constraint], Table]) -> None:
+    """They improve on what was found: here, where nothing else does, over few groups and over all."""
+    for free in (2, 5):
+        with short_lists(10_000), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(knapsack, "FREE", free)
+            check_against_brute_force(*instance)
 
 
 @given(instances(constraints=1))

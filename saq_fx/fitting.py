@@ -76,6 +76,6 @@ def fit_level(magnitude: Tensor, method: str, reconstruct: Callable[[Tensor], Te
     best = torch.zeros_like(largest)
     for fractions in (_COARSE, _FINE):
         candidates = best + largest * fractions.to(largest)
-        errors = (reconstruct(candidates) - rows).square_().mean(2, keepdim=True)
+        errors = reconstruct(candidates).sub_(rows).square_().mean(2, keepdim=True)
         best = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
     return best

@@ -27,12 +27,12 @@ class FitLevels(Pass):
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Changes the quantizers' levels, not the graph."""
         observers: dict[Quantizer, Observer] = {}
-        for _, layer in layers(gm) if self.observed else ():
-            seen = self.observed[layer.name]
-            if layer.input_quantizer is not None:
-                observers[attribute_at(gm, layer.input_quantizer)] = seen[layer.activation_operand]
-            if layer.weight_quantizer is not None:
-                observers[attribute_at(gm, layer.weight_quantizer)] = seen[layer.weight_operand]
+        for _, layer in layers(gm):
+            seen = self.observed.get(layer.name, {})
+            paths = {layer.activation_operand: layer.input_quantizer, layer.weight_operand: layer.weight_quantizer}
+            for operand, path in paths.items():
+                if path is not None and operand in seen:
+                    observers[attribute_at(gm, path)] = seen[operand]
         data = ((quantizer, observer.seen()) for quantizer, observer in observers.items() if observer.samples)
         initialize_all(data, (record_of(gm).recipe or Recipe()).calibration)
         return PassResult(gm, modified=False)

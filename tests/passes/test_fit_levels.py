@@ -26,6 +26,13 @@ def test_levels_are_those_of_a_calibration(name: str, recipe: Recipe) -> None:
         assert torch.equal(value, expected[key]), key
 
 
+def test_graph_that_was_prepared_as_float() -> None:
+    model, x = ZOO["residual"].make(), ZOO["residual"].inputs()
+    twice = prepare_saq(prepare_saq(model, example_inputs=x, precision=None), example_inputs=x).state_dict()
+    for key, value in prepare_saq(model, example_inputs=x).state_dict().items():
+        assert torch.equal(value, twice[key]), key
+
+
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, counts convolutions."""
 

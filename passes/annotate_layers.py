@@ -19,6 +19,7 @@ from saq_fx.annotation import (
     update_record,
 )
 from saq_fx.dataflow import depends_on_inputs, is_raw_input, reachable, tensor_at
+from saq_fx.fitting import Observed, Observer
 from saq_fx.graph import SaqGraphModule, graphs, held_by, parts_of
 from saq_fx.operators import Operator, operator_of
 from saq_fx.pass_base import Pass, PassResult
@@ -41,17 +42,26 @@ class AnnotateLayers(Pass):
         example_inputs: run once in evaluation mode for shapes and MACs (of one sample); None leaves them unknown.
         embeddings: whether look-ups in tables that are weights are layers as well. They have no MACs, and nothing but
             the weight can be quantized; as to what is first and last, they are none.
+        observed: where samples of the layers' operands in that run are put, for `FitLevels`.
     """
 
     example_inputs: ExampleInputs | None = None
     embeddings: bool = False
+    observed: Observed | None = None
     gives: ClassVar[frozenset[str]] = frozenset({"annotations"})
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Annotates `gm` in place."""
         before = _state(gm)
-        measured = Measured() if self.example_inputs is None else measure(gm, self.example_inputs, may_multiply)
-        calls = [call for path, part in graphs(gm) for call in _find_calls(part, path, self.embeddings, measured)]
+        calls = [call for path, part in graphs(gm) for call in _find_calls(part, path, self.embeddings)]
+        observers = {} if self.observed is None else {call.node: call.observers() for call in calls}
+        measured = Measured()
+        if self.example_inputs is not None:
+            measured = measure(gm, self.example_inputs, may_multiply, observers)
+        calls = [call for call in calls if measured.unfit.keys().isdisjoint(call.operands)]
+        _name(calls)
+        if self.observed is not None:
+            self.observed.update({call.name: observers[call.node] for call in calls})
         groups = _choice_groups(calls)
         _describe(gm, calls, groups, None if self.example_inputs is None else measured.shapes)
         uncounted = [each for path, part in graphs(gm) for each in uncounted_in(part, path, measured)]
@@ -71,9 +81,13 @@ def _state(gm: SaqGraphModule) -> list[Any]:
 
 @dataclass
 class _Call:
-    """One quantizable node; `weight_source` is the parameter or buffer its weight comes from, None for a product."""
+    """One quantizable node of the graph at `path`.
+
+    `weight_source` is the parameter or buffer that its weight comes from, None for a product.
+    """
 
     graph_module: SaqGraphModule
+    path: str
     node: fx.Node
     operator: Operator
     activation_operand: int
@@ -96,25 +110,34 @@ class _Call:
         node: fx.Node = self.node.args[self.weight_operand]  # type: ignore[assignment]
         return node
 
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        """What may be quantized."""
+        return (self.weight,) if self.is_lookup else (self.activation, self.weight)
 
-def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool, measured: Measured) -> list[_Call]:
-    """The layers of one graph, which is the part at `path`."""
+    def observers(self) -> dict[int, Observer]:
+        """New observers of its operands, by position."""
+        weight = {self.weight_operand: Observer(is_weight=self.weight_source is not None)}
+        return weight if self.is_lookup else {self.activation_operand: Observer(is_weight=False)} | weight
+
+
+def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
+    """The layers of one graph, which is the part at `path`, as far as its structure tells."""
     dependent = depends_on_inputs(gm.graph)
     calls = []
     for node in gm.graph.nodes:
         entry = operator_of(node)
-        if entry is None or is_training_only(node) or problem_of(gm, node, measured) is not None:
+        if entry is None or is_training_only(node) or problem_of(gm, node, Measured()) is not None:
             continue
         left, right = node.args[entry.activation], node.args[entry.weight]
         if entry.name == "embedding" and (not embeddings or right in dependent):
             continue
         if right in dependent and left in dependent:
-            calls.append(_Call(gm, node, entry, entry.activation, entry.weight, None))
+            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, None))
         elif right in dependent:
-            calls.append(_Call(gm, node, entry, entry.weight, entry.activation, _source(left)))
+            calls.append(_Call(gm, path, node, entry, entry.weight, entry.activation, _source(left)))
         else:
-            calls.append(_Call(gm, node, entry, entry.activation, entry.weight, _source(right)))
-    _name(calls, path)
+            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, _source(right)))
     return calls
 
 
@@ -159,28 +182,29 @@ def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str], sh
         _describe(part, calls, groups, shapes)
 
 
-def _name(calls: list[_Call], path: str) -> None:
+def _name(calls: list[_Call]) -> None:
     """One name a call: `base` for a weight's first use, `base@k` for further ones, `base_k` for other operands."""
-    operands_of: dict[str, list[Any]] = defaultdict(list)
-    uses: dict[str, int] = defaultdict(int)
+    operands_of: dict[tuple[str, str], list[fx.Node]] = defaultdict(list)
+    uses: dict[tuple[str, str], int] = defaultdict(int)
     for call in calls:
-        base = _base_name(call, path)
-        operand = call.node if call.weight_source is None else call.weight
-        if operand not in operands_of[base]:
-            operands_of[base].append(operand)
-        index = operands_of[base].index(operand)
+        base = _base_name(call)
+        operand, known = call.node if call.weight_source is None else call.weight, operands_of[call.path, base]
+        if operand not in known:
+            known.append(operand)
+        index = known.index(operand)
         name = f"{base}_{index}" if index else base
-        call.name = f"{name}@{uses[name]}" if uses[name] else name
-        uses[name] += 1
+        use = uses[call.path, name]
+        call.name = f"{name}@{use}" if use else name
+        uses[call.path, name] += 1
 
 
-def _base_name(call: _Call, path: str) -> str:
-    owner = join_path(path, owner_path(call.node))
+def _base_name(call: _Call) -> str:
+    owner = join_path(call.path, owner_path(call.node))
     if call.is_lookup:
         return owner or call.operator.name
     if call.weight_source is None or tensor_at(call.graph_module, call.weight_source) is None:
         return join_path(owner, call.operator.name)
-    holder, _, field = join_path(path, call.weight_source.partition(".parametrizations.")[0]).rpartition(".")
+    holder, _, field = join_path(call.path, call.weight_source.partition(".parametrizations.")[0]).rpartition(".")
     if field.startswith(("weight", "_tensor_constant")):
         return holder or call.operator.name
     return f"{holder}.{field}".removeprefix(".").removesuffix("_weight")

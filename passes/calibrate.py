@@ -4,11 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from saq_fx.annotation import record_of
 from saq_fx.errors import CalibrationError
+from saq_fx.fitting import Observer
 from saq_fx.graph import SaqGraphModule
 from saq_fx.nested import cloned
 from saq_fx.pass_base import Pass, PassResult
@@ -16,8 +14,6 @@ from saq_fx.quantizers import NOT_FINITE, Quantizer, initialize_all
 from saq_fx.recipe import Recipe
 from saq_fx.shapes import interpreted, replaced_forwards, without_trace
 from saq_fx.tracing import ExampleInputs, split_inputs
-
-_SAMPLES_PER_BATCH = 2**14
 
 
 @dataclass(frozen=True)
@@ -29,11 +25,9 @@ class Calibrate(Pass):
 
     Args:
         batches: inputs of the model, as for `example_inputs`; without any, levels are left to the first forward.
-        skip_nonfinite: leave a quantizer whose input overflows to a later forward, instead of raising.
     """
 
     batches: Iterable[ExampleInputs] = ()
-    skip_nonfinite: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"annotations", "quantizers"})
 
     def run(self, gm: SaqGraphModule) -> PassResult:
@@ -42,7 +36,8 @@ class Calibrate(Pass):
         Raises:
             CalibrationError: values that are not finite; names the quantizer.
         """
-        observers = {each: _Observer(path) for path, each in gm.named_modules() if isinstance(each, Quantizer)}
+        paths = {each: path for path, each in gm.named_modules() if isinstance(each, Quantizer)}
+        observers = {each: Observer("weight_quantizer" in path.rpartition(".")[2]) for each, path in paths.items()}
         with without_trace(gm), interpreted(gm), replaced_forwards(observers):
             for batch in self.batches:
                 args, kwargs = cloned(split_inputs(batch))
@@ -50,28 +45,6 @@ class Calibrate(Pass):
         recipe = record_of(gm).recipe or Recipe()
         data = ((quantizer, observer.seen()) for quantizer, observer in observers.items() if observer.samples)
         rejected = initialize_all(data, recipe.calibration)
-        if rejected and not self.skip_nonfinite:
-            raise CalibrationError(f"{observers[rejected[0]].path}: {NOT_FINITE}")
+        if rejected:
+            raise CalibrationError(f"{paths[rejected[0]]}: {NOT_FINITE}")
         return PassResult(gm, modified=False)
-
-
-class _Observer:
-    """Stands for a quantizer: keeps samples of what enters it, and lets it through."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.samples: list[Tensor] = []
-        self._is_weight = "weight_quantizer" in path.rpartition(".")[2]
-
-    def __call__(self, value: Tensor) -> Tensor:
-        if self._is_weight:
-            self.samples = [value.detach()]
-        else:
-            flat = value.detach().flatten()
-            # A copy: what follows may write to the tensor in place, and a view would keep all of it.
-            self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_BATCH)].clone())
-        return value
-
-    def seen(self) -> Tensor:
-        """All samples."""
-        return self.samples[0] if len(self.samples) == 1 else torch.cat(self.samples)

@@ -115,8 +115,9 @@ def _feeds_batchnorm(gm: SaqGraphModule, node: fx.Node) -> bool:
 
 
 def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
-    name = str(node.target).rpartition(".")[2]
-    return node.op == "call_module" and "weight_quantizer" in name and isinstance(called_module(gm, node), Quantizer)
+    if node.op != "call_module" or "weight_quantizer" not in str(node.target).rpartition(".")[2]:
+        return False
+    return isinstance(called_module(gm, node), Quantizer)
 
 
 def _activation_quantizer(site: _Site, scheme: str, signed: bool, recipe: Recipe) -> Quantizer:

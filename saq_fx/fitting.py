@@ -15,6 +15,32 @@ _FINE = torch.linspace(-0.75, 0.75, 7)[:, None, None] / _CANDIDATES
 _Owner = TypeVar("_Owner")
 
 
+class Observer:
+    """Keeps an evenly spaced sample of every tensor that it is shown or, of a weight, the last one itself."""
+
+    def __init__(self, is_weight: bool) -> None:
+        self.samples: list[Tensor] = []
+        self._is_weight = is_weight
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Takes note of a tensor, and lets it through as a quantizer would."""
+        if self._is_weight:
+            self.samples = [value.detach()]
+        else:
+            flat = value.detach().flatten()
+            # A copy: what follows may write to the tensor in place, and a view would keep all of it.
+            self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES)].clone())
+        return value
+
+    def seen(self) -> Tensor:
+        """All samples."""
+        return self.samples[0] if len(self.samples) == 1 else torch.cat(self.samples)
+
+
+Observed = dict[str, dict[int, Observer]]
+"""Name of a layer -> position of an operand -> what it was when the layer ran."""
+
+
 def rows_of(x: Tensor, level: Tensor, axis: int) -> Tensor:
     """(levels, elements that share one), evenly thinned out where they are many, in single precision at least."""
     rows = x.reshape(1, -1) if level.numel() == 1 else x.movedim(axis, 0).flatten(1)
@@ -50,6 +76,6 @@ def fit_level(magnitude: Tensor, method: str, reconstruct: Callable[[Tensor], Te
     best = torch.zeros_like(largest)
     for fractions in (_COARSE, _FINE):
         candidates = best + largest * fractions.to(largest)
-        errors = (reconstruct(candidates) - rows).square_().mean(2, keepdim=True)
+        errors = reconstruct(candidates).sub_(rows).square_().mean(2, keepdim=True)
         best = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
     return best

@@ -362,9 +362,12 @@ def attribute_at(module: nn.Module, path: str) -> Any:
     """What is found at a path from a module, None where there is nothing."""
     found: Any = module
     for name in path.split(".") if path else ():
-        # Modules first: their own look-up finds them last, after an error.
-        children = getattr(found, "_modules", None)
-        found = children[name] if children and name in children else getattr(found, name, None)
+        # Where modules keep them, first: their own look-up goes there last, after an error.
+        children, parameters = getattr(found, "_modules", None), getattr(found, "_parameters", None)
+        if children and name in children:
+            found = children[name]
+        else:
+            found = parameters[name] if parameters and name in parameters else getattr(found, name, None)
     return found
 
 

@@ -18,7 +18,7 @@ from torch.utils import checkpoint
 from saq_fx.bytecode import asks_for_type, multiplies
 from saq_fx.errors import TracingError
 from saq_fx.graph import without_fused_layers
-from saq_fx.proxies import IN_PLACE_OPERATORS, GuardedAttribute, GuardedProxy, TrainingMarker
+from saq_fx.proxies import IN_PLACE_OPERATORS, GuardedAttribute, GuardedProxy, TrainingMarker, find_proxy
 from saq_fx.runtime import apply_function, class_name, is_importable
 from saq_fx.scopes import followed_scopes, is_recording, replaced
 
@@ -66,7 +66,7 @@ def _recorded(function: Callable[..., Any], always_by: fx.Tracer | None) -> Call
     """Becomes a node if any argument is a proxy, or always, in the graph of a tracer."""
 
     def record(*args: Any, **kwargs: Any) -> Any:
-        proxy = _symbolic_trace._find_proxy(args, kwargs)
+        proxy = find_proxy(args, kwargs)
         tracer: Any = always_by if proxy is None else proxy.tracer
         if tracer is None or tracer.is_evaluating:
             return function(*args, **kwargs)
@@ -83,12 +83,12 @@ def _rejecting_transforms() -> Iterator[None]:
     vmapped = functorch.vmap_impl
 
     def reject_vmap(*args: Any, **kwargs: Any) -> Any:
-        if _symbolic_trace._find_proxy(args, kwargs) is not None:
+        if find_proxy(args, kwargs) is not None:
             raise TracingError("torch.vmap runs its function on many samples at once, which no graph does")
         return vmapped(*args, **kwargs)
 
     def reject(*args: Any) -> Any:
-        if _symbolic_trace._find_proxy(args, {}) is not None:
+        if find_proxy(args, {}) is not None:
             raise TracingError("torch.utils.checkpoint runs its function a second time, which no graph does")
         return original(*args)  # type: ignore[no-untyped-call]
 
@@ -106,7 +106,7 @@ def _recording_functions(tracer: Any) -> Iterator[None]:
     original = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        proxy = _symbolic_trace._find_proxy(args, kwargs)
+        proxy = find_proxy(args, kwargs)
         if proxy is None or tracer.is_evaluating:
             return original.__get__(None, cls)(*args, **kwargs)
         if not is_importable(cls):
@@ -243,7 +243,7 @@ class _RealParameters(TorchFunctionMode):
     ) -> Any:
         """Runs what reads sizes and types."""
         kwargs = kwargs or {}
-        if not self._recording() or _symbolic_trace._find_proxy(args, kwargs) is not None:
+        if find_proxy(args, kwargs) is not None or not self._recording():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         changes = name == "__set__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE_OPERATORS

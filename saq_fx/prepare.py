@@ -11,12 +11,14 @@ from torch.export import ExportedProgram
 from saq_fx.annotation import LayerAnnotation, record_of
 from saq_fx.capture import capture
 from saq_fx.errors import CalibrationError, PassError, PrecisionError, SaqError
+from saq_fx.fitting import Observed
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.pass_base import Pipeline, check_facts
 from saq_fx.passes.annotate_layers import AnnotateLayers
 from saq_fx.passes.assign_precision import AssignPrecision
 from saq_fx.passes.calibrate import Calibrate
 from saq_fx.passes.canonicalize import Canonicalize
+from saq_fx.passes.fit_levels import FitLevels
 from saq_fx.passes.insert_quantizers import InsertQuantizers
 from saq_fx.passes.open_attention import OpenAttention
 from saq_fx.precision import Policy, Precision
@@ -72,14 +74,15 @@ def prepare_saq(
     _check_values(gm)
     recipe = recipe or Recipe()
     policy = precision if isinstance(precision, Policy) else Policy.uniform(precision)
+    observed: Observed = {}
     Pipeline(
         (
             Canonicalize(),
             OpenAttention(),
-            AnnotateLayers(example_inputs, recipe.embeddings),
+            AnnotateLayers(example_inputs, recipe.embeddings, observed),
             AssignPrecision(policy, recipe.first_last),
             InsertQuantizers(recipe),
-            Calibrate(() if example_inputs is None else (example_inputs,), skip_nonfinite=True),
+            FitLevels(observed),
         )
     ).run(gm)
     return gm

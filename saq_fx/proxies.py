@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,12 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "x
     setattr(TrainingMarker, f"__r{_name}__", _asking(f"__r{_name}__"))
 
 
+def find_proxy(args: Iterable[Any], kwargs: Mapping[str, Any]) -> fx.Proxy | None:
+    """A proxy among nested arguments; the arguments themselves, which most often are one, first."""
+    direct = next((each for each in args if issubclass(type(each), fx.Proxy)), None)
+    return _symbolic_trace._find_proxy(args, kwargs) if direct is None else direct
+
+
 class GuardedProxy(fx.Proxy):
     """A proxy that takes concrete values from the example inputs where Python insists on them."""
 
@@ -75,7 +81,7 @@ class GuardedProxy(fx.Proxy):
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         """Records a call; that torch asked for its sizes as integers before has decided nothing."""
-        proxy: Any = _symbolic_trace._find_proxy(args or (), kwargs or {})
+        proxy: Any = find_proxy(args or (), kwargs or {})
         if proxy is not None:
             proxy.tracer.drop_guards_of_call(sys._getframe(1))
         return super().__torch_function__(orig_method, types, args, kwargs)

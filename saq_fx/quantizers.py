@@ -333,9 +333,11 @@ def initialize_all(data: Iterable[tuple[Quantizer, Tensor]], method: str = "mse"
 def _finish(quantizers: list[Quantizer]) -> None:
     """Notes of quantizers that their levels are set."""
     levels: list[Tensor] = [quantizer.level for quantizer in quantizers]
-    for level in levels:
-        level.clamp_min_(16 * torch.finfo(level.dtype).tiny)  # dividing by less than normal numbers overflows
-    torch._foreach_copy_([each.smallest_level for each in quantizers], torch._foreach_mul(levels, _SMALLEST_SHARE))
+    smallest = [quantizer.smallest_level for quantizer in quantizers]
+    # Dividing by less than normal numbers overflows.
+    torch._foreach_clamp_min_(levels, [16 * torch.finfo(level.dtype).tiny for level in levels])
+    torch._foreach_copy_(smallest, levels)
+    torch._foreach_mul_(smallest, _SMALLEST_SHARE)
     for quantizer in quantizers:
         quantizer.initialized = quantizer.bits != FLOAT_BITS
 

@@ -44,7 +44,7 @@ def _refusals(gm: SaqGraphModule, inputs: Inputs, asked: Sequence[fx.Node]) -> M
     """The guards that fail on these inputs, as far as the graph runs on them and up to the last one asked for."""
     found: dict[fx.Node, str] = {}
 
-    def run(part: SaqGraphModule, node: fx.Node, compute: Callable[[], Any]) -> Any:
+    def run(part: SaqGraphModule, node: fx.Node, values: Mapping[fx.Node, Any], compute: Callable[[], Any]) -> Any:
         if node.target is not require_same_path:
             return compute()
         try:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from saq_fx.annotation import Shape, record_of
 from saq_fx.errors import TracingError
 from saq_fx.example_values import evaluation_flags
+from saq_fx.fitting import Observer
 from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_module, graphs
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
@@ -21,7 +23,9 @@ from saq_fx.tracing import ExampleInputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
 Watch = Callable[[SaqGraphModule, fx.Node], bool]
-Runner = Callable[[SaqGraphModule, fx.Node, Callable[[], Any]], Any]
+Runner = Callable[[SaqGraphModule, fx.Node, Mapping[fx.Node, Any], Callable[[], Any]], Any]
+"""Gives a node its value, from the values of other nodes and what computes it."""
+Observers = Mapping[fx.Node, Mapping[int, Observer]]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -38,7 +42,12 @@ class Measured:
     macs: dict[fx.Node, int] = field(default_factory=dict)
 
 
-def measure(gm: SaqGraphModule, example_inputs: ExampleInputs, watch: Watch) -> Measured:
+def measure(
+    gm: SaqGraphModule,
+    example_inputs: ExampleInputs,
+    watch: Watch,
+    observers: Observers = MappingProxyType({}),
+) -> Measured:
     """Runs a graph in evaluation mode for what there is to know of one sample; leaves no trace in graph or inputs.
 
     The first axis that all example tensors share is taken for the batch and cut to one sample; where the model does
@@ -46,18 +55,19 @@ def measure(gm: SaqGraphModule, example_inputs: ExampleInputs, watch: Watch) -> 
 
     Args:
         watch: the nodes whose MACs are to be counted as they run.
+        observers: are shown operands of nodes, by their positions, as they are in the whole example.
 
     Raises:
         TracingError: the graph does not run on the example inputs.
     """
     args, kwargs = split_inputs(example_inputs)
-    whole = _run(gm, args, kwargs, watch)
+    whole = _run(gm, args, kwargs, watch, observers)
     batch = _batch_size((args, kwargs))
     if batch is None or batch == 1:
         return whole
     try:
         args, kwargs = _first_sample((args, kwargs))
-        single = _run(gm, args, kwargs, watch)
+        single = _run(gm, args, kwargs, watch, {})
     except (TracingError, RuntimeError):  # torch cannot cut sparse tensors
         return whole
     return single if _cut_only_the_batch(whole.shapes, single.shapes, batch) else whole
@@ -106,7 +116,7 @@ class _Interpreter:
         uses: dict[fx.Node, int] = {}
         for node in graph.nodes:
             compute = partial(self._compute, node, values, inputs)
-            value = compute() if self._run is None else self._run(self._gm, node, compute)
+            value = compute() if self._run is None else self._run(self._gm, node, values, compute)
             if node.op == "output":
                 return graph.process_outputs(value)
             values[node], uses[node] = value, len(node.users)
@@ -182,10 +192,16 @@ def bind_inputs(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     )
 
 
-def _run(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Watch) -> Measured:
+def _run(
+    gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], watch: Watch, observers: Observers
+) -> Measured:
     measured = Measured()
 
-    def run(part: SaqGraphModule, node: fx.Node, compute: Callable[[], Any]) -> Any:
+    def run(part: SaqGraphModule, node: fx.Node, values: Mapping[fx.Node, Any], compute: Callable[[], Any]) -> Any:
+        for position, observer in observers.get(node, {}).items():
+            operand = values[node.args[position]]  # type: ignore[index]
+            if isinstance(operand, Tensor) and unfit_type(operand) is None:
+                observer(operand)
         if watch(part, node):
             with MacCounter() as counter:
                 value = compute()

@@ -33,6 +33,11 @@ class _Snapshot:
         """What an attribute was; a list or dictionary as a copy, to compare with."""
         return self.contents.get(name, self.values.get(name, _MISSING))
 
+    def moved(self, held: Mapping[str, Any]) -> list[str]:
+        """The names under which forward has put a symbolic value, another number or another list."""
+        items = ((name, value) for name, value in held.items() if name not in _STRUCTURE)
+        return [name for name, value in items if _is_moved(value, self.before(name))]
+
     def put_back(self, held: dict[str, Any], names: Iterable[str]) -> None:
         """Makes these attributes what they were."""
         for name in names:
@@ -55,14 +60,14 @@ class Attributes:
         """Takes symbolic values, and numbers that forward changed, out of the attributes of a model or a part of it."""
         for module in model.modules():
             for held, snapshot in zip((vars(module), module._buffers), self._saved.get(module, ()), strict=False):
-                snapshot.put_back(held, [name for name in held if _is_moved(held, name, snapshot)])
+                snapshot.put_back(held, snapshot.moved(held))
 
     def kept(self, is_data: Callable[[fx.Node, bool], bool]) -> Kept:
         """What forward has changed such that a later call may know, as a memory or a counter but no cache of sizes."""
         found: Kept = {}
         for module, (attributes, buffers) in self._saved.items():
-            for name, value in vars(module).items():
-                if _is_moved(vars(module), name, attributes) and _is_state(value, is_data):
+            for name in attributes.moved(vars(module)):
+                if _is_state(vars(module)[name], is_data):
                     found[module, name] = attributes.values.get(name, _MISSING)
             for name, buffer in module._buffers.items():
                 if (
@@ -82,8 +87,8 @@ class HookTables:
         self._before = self._now()
 
     def _now(self) -> dict[tuple[nn.Module, str], dict[Any, Any]]:
-        every = ((module, name, table) for module in self._model.modules() for name, table in vars(module).items())
-        return {(module, name): dict(table) for module, name, table in every if name in _HOOK_TABLES and table}
+        tables = ((module, name, vars(module).get(name)) for module in self._model.modules() for name in _HOOK_TABLES)
+        return {(module, name): dict(table) for module, name, table in tables if table}
 
     @property
     def changed(self) -> bool:
@@ -224,11 +229,7 @@ def is_same(value: Any, before: Any) -> bool:
     return all(item is other for item, other in zip(value, before, strict=True))
 
 
-def _is_moved(held: Mapping[str, Any], name: str, snapshot: _Snapshot) -> bool:
-    """Whether forward has put a symbolic value, another number or another list there."""
-    if name in _STRUCTURE:
-        return False
-    value, before = held[name], snapshot.before(name)
+def _is_moved(value: Any, before: Any) -> bool:
     if value is before:
         return False
     if isinstance(value, _PLAIN):

@@ -25,6 +25,8 @@ from saq_fx.runtime import build_object, class_name, find_class, is_importable, 
 from saq_fx.scopes import GradientFlow
 from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance
 
+_CONSTANTS = (bool, int, float, str, type(None))
+
 
 class SymbolicTracer(GuardedTracer):
     """Records one run of a model's forward on symbolic inputs.
@@ -138,13 +140,18 @@ class SymbolicTracer(GuardedTracer):
 
     def create_arg(self, a: Any) -> Any:
         """Lowers an argument; a training flag becomes a node that reads it."""
-        if isinstance(a, fx.Proxy):  # the most frequent, which fx asks for last
+        kind = type(a)  # of the most frequent, which fx asks for last
+        if issubclass(kind, fx.Proxy):
             return a.node
+        if kind is tuple:
+            return tuple([self.create_arg(each) for each in a])
+        if kind in _CONSTANTS or (kind is dict and not a):
+            return a
         if isinstance(a, TrainingMarker):
             return self._flag_node(a.owner)
         if isinstance(a, np.generic):
             return a.item()
-        if type(a) is OrderedDict:
+        if kind is OrderedDict:
             items = [(name, self.create_arg(value)) for name, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
         if isinstance(a, dict) and dataclasses.is_dataclass(a):

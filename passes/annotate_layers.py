@@ -175,6 +175,8 @@ def _name(calls: list[_Call], path: str) -> None:
 
 
 def _base_name(call: _Call, path: str) -> str:
+    if record_of(call.graph_module).is_operation:
+        return path
     owner = join_path(path, owner_path(call.node))
     if call.is_lookup:
         return owner or call.operator.name

@@ -17,6 +17,9 @@ from saq_fx.annotation import LayerAnnotation, join_path, record_of
 from saq_fx.errors import TracingError
 from saq_fx.precision import Precision
 
+ROUTED = "_routed"
+"""The attribute of a module that runs its code in the place of `forward` (see `saq_fx.products`)."""
+
 
 class _Forward:
     """The `forward` of a graph whose code is out of date: to ask for it, in order to call it or not, generates it."""
@@ -160,7 +163,8 @@ class SaqGraphModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
-        return _rebuild, (state, _dump_graph(self.graph))
+        # The state comes after the object, for what is in it may refer to it.
+        return _empty, (), (state, _dump_graph(self.graph)), None, None, _rebuild
 
 
 # What graph modules have that others have not.
@@ -252,12 +256,16 @@ def _resolve(value: Any, nodes: list[fx.Node]) -> Any:
     return value
 
 
-def _rebuild(state: dict[str, Any], graph: dict[str, Any]) -> SaqGraphModule:
+def _empty() -> SaqGraphModule:
     module: SaqGraphModule = SaqGraphModule.__new__(SaqGraphModule)
+    return module
+
+
+def _rebuild(module: SaqGraphModule, dumped: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    state, graph = dumped
     module.__dict__.update(state)
     module._take_class()
     module.graph = _load_graph(graph)
-    return module
 
 
 def _read_bits(gm: Any, incompatible_keys: Any) -> None:
@@ -302,8 +310,9 @@ def run_eagerly(
         if name not in defaults or type(value) is not type(defaults[name]) or value != defaults[name]
     }
     # Of the class: what is set on the object is a forward of the graph.
+    forward = vars(model).get(ROUTED, type(model).forward)
     with without_fused_layers():
-        return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)
+        return forward(model, *args, *more_args, **kwargs, **more_kwargs)
 
 
 def call_arguments(node: fx.Node, values: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from saq_fx.annotation import join_path
-from saq_fx.nested import tensors_in
+from saq_fx.nested import cloned, tensors_in
 from saq_fx.operators import arithmetic_called
 from saq_fx.products import Product, product_called
 
@@ -81,7 +81,7 @@ class CallRecorder(TorchFunctionMode):
                 calls.is_transformed = True
             elif kind not in calls.kinds:
                 calls.kinds.append(kind)
-                calls.inputs.append((args, kwargs))
+                calls.inputs.append(cloned((args, kwargs)))  # what comes next may change them
         self._stack.append(module)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -135,6 +135,9 @@ def _arguments(model: nn.Module, inputs: Inputs | None) -> _Arguments:
         except TypeError as error:
             name = type(model).__name__
             raise TracingError(f"example_inputs do not fit {name}.forward{signature}: {error}") from error
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
     fixed = {
         name: parameter.default
         for name, parameter in signature.parameters.items()

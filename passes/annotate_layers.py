@@ -182,7 +182,7 @@ def _base_name(call: _Call, path: str) -> str:
         return owner or call.operator.name
     if call.weight_source is None or tensor_at(call.graph_module, call.weight_source) is None:
         return join_path(owner, call.operator.name)
-    holder, _, field = join_path(path, call.weight_source.partition(".parametrizations.")[0]).rpartition(".")
+    holder, _, field = join_path(path, call.weight_source).partition(".parametrizations.")[0].rpartition(".")
     if field.startswith(("weight", "_tensor_constant")):
         return holder or call.operator.name
     return f"{holder}.{field}".removeprefix(".").removesuffix("_weight")

@@ -245,7 +245,7 @@ class _Splitter:
 
     def _is_read_by_products(self, module: nn.Module) -> bool:
         """Whether its weights are quantized where they are multiplied, and not where it would be called."""
-        read = {id(weight) for each in self._calls if isinstance(each, Product) for weight in each.weights()}
+        read = {id(weight) for each in self._calls if isinstance(each, Product) for weight in each.weights().values()}
         return any(id(parameter) in read for parameter in module.parameters())
 
     def _reaches_below(self, module: nn.Module) -> bool:
@@ -278,6 +278,8 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
     """A graph that takes the inputs of every call: guards that one of them fails are a reason to keep Python code."""
     if not calls.inputs:
         return _capture(module, None)
+    if not type(module).__module__.startswith("torch.nn.") and any(map(_passes_none, calls.inputs)):
+        return _capture_around(module, calls.inputs[0], "other calls may give it what is None here", calls.inputs[1:])
     part = _capture(module, calls.inputs[0])
     try:
         with without_trace(part), interpreted(part):
@@ -286,6 +288,10 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
     except Exception as error:
         return _capture_around(module, calls.inputs[0], place_and_cause(error), calls.inputs[1:])
     return part
+
+
+def _passes_none(inputs: Inputs) -> bool:
+    return any(each is None for each in (*inputs[0], *inputs[1].values()))
 
 
 def _has_layers(gm: SaqGraphModule) -> bool:

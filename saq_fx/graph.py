@@ -15,6 +15,7 @@ from torch.fx.node import _get_qualified_name
 from saq_fx import annotation
 from saq_fx.annotation import LayerAnnotation, join_path, record_of
 from saq_fx.errors import TracingError
+from saq_fx.parametrized import add_properties, plain_class
 from saq_fx.precision import Precision
 
 ROUTED = "_routed"
@@ -98,7 +99,7 @@ class SaqGraphModule(fx.GraphModule):
         Raises:
             TracingError: the module has a name that graph modules use for something else.
         """
-        taken = sorted(_GRAPH_NAMES.intersection(dir(module)))
+        taken = sorted(name for name in _GRAPH_NAMES.intersection(dir(module)) if not name.startswith("__"))
         if taken:
             raise TracingError(f"{type(module).__name__}.{taken[0]} has the name of an attribute of graphs: rename it")
         for name, value in vars(module).items():
@@ -109,12 +110,13 @@ class SaqGraphModule(fx.GraphModule):
                 vars(self)[kind].setdefault(name, value)  # those that are None: a layer without bias
         added = {name: child for name, child in self._modules.items() if name not in module._modules}
         self._modules = {**module._modules, **added}
-        vars(self)["_acts_as"] = type(module)
+        vars(self)["_acts_as"] = plain_class(module)
         self._take_class()
 
     def _take_class(self) -> None:
         if "_acts_as" in vars(self):
             self.__class__ = new_class("GraphModuleImpl", (SaqGraphModule, vars(self)["_acts_as"]))
+            add_properties(self)
 
     def _keep_out_of_state(self, buffers: set[str]) -> None:
         """Buffers that the model does not save (constants met while tracing, too) are not saved here either."""

@@ -54,18 +54,16 @@ class Product:
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
 
-    def weights(self) -> list[nn.Parameter]:
-        """The parameters among its operands."""
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The parameters among its operands, by path; no biases."""
         operands = (*self.args, *(each for _, each in self.kwargs))
         paths = [each.path for each in operands if isinstance(each, _Operand) and each.path]
-        return [attribute_at(self.module, path) for path in paths]
+        return {path: tensor for path in paths if (tensor := attribute_at(self.module, path)).dim() > 1}
 
     @property
     def name(self) -> str:
         """What it is called: by the operation, and by the module whose weight it multiplies."""
-        operands = [*self.args, *(each for _, each in self.kwargs)]
-        weight = next((each.path for each in operands if isinstance(each, _Operand) and each.path), "")
-        owner = weight.removesuffix("weight").removesuffix("_").removesuffix(".")
+        owner = next(iter(self.weights()), "").removesuffix("weight").removesuffix("_").removesuffix(".")
         return f"{owner}.{self.operation.name}".removeprefix(".").replace(".", "_")
 
 

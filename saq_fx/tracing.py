@@ -26,6 +26,7 @@ from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
 from saq_fx.nested import cloned
+from saq_fx.parametrized import make_picklable
 from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
 from saq_fx.sharpness import preserve_buffers
@@ -94,12 +95,14 @@ def copied(model: nn.Module) -> nn.Module:
             if is_made_anew and isinstance(weight, Tensor) and not weight.is_leaf:
                 memo[id(weight)] = weight.detach().clone()
     try:
-        return copy.deepcopy(model, _copies_of_empty_tables(model) | memo)
+        copied = copy.deepcopy(model, _copies_of_empty_tables(model) | memo)
     except Exception as error:
         raise TracingError(
             f"{type(model).__name__} cannot be copied ({error}), and prepare_saq never changes the model it is given: "
             "remove attributes that do not deepcopy, such as tensors with a history or open files"
         ) from error
+    make_picklable(copied)
+    return copied
 
 
 def _copies_of_empty_tables(model: nn.Module) -> dict[int, Any]:

@@ -1,6 +1,6 @@
 """Finds the quantizable nodes and writes down what later passes need to know of each."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from saq_fx.dataflow import depends_on_inputs, is_raw_input, reachable, tensor_a
 from saq_fx.graph import SaqGraphModule, graphs, held_by, parts_of
 from saq_fx.operators import Operator, operator_of
 from saq_fx.pass_base import Pass, PassResult
+from saq_fx.products import CALLER
 from saq_fx.shapes import Measured, NodeShapes, measure
 from saq_fx.signs import has_nonnegative_values
 from saq_fx.tracing import ExampleInputs
@@ -52,6 +53,7 @@ class AnnotateLayers(Pass):
         before = _state(gm)
         measured = Measured() if self.example_inputs is None else measure(gm, self.example_inputs, may_multiply)
         calls = [call for path, part in graphs(gm) for call in _find_calls(part, path, self.embeddings, measured)]
+        _part_clashing(calls)
         groups = _choice_groups(calls)
         _describe(gm, calls, groups, None if self.example_inputs is None else measured.shapes)
         uncounted = [each for path, part in graphs(gm) for each in uncounted_in(part, path, measured)]
@@ -71,8 +73,12 @@ def _state(gm: SaqGraphModule) -> list[Any]:
 
 @dataclass
 class _Call:
-    """One quantizable node; `weight_source` is the parameter or buffer its weight comes from, None for a product."""
+    """One quantizable node; `weight_source` is the parameter or buffer its weight comes from, None for a product.
 
+    `path` is that of its graph.
+    """
+
+    path: str
     graph_module: SaqGraphModule
     node: fx.Node
     operator: Operator
@@ -109,12 +115,12 @@ def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool, measured: Measu
         if entry.name == "embedding" and (not embeddings or right in dependent):
             continue
         if right in dependent and left in dependent:
-            calls.append(_Call(gm, node, entry, entry.activation, entry.weight, None))
+            calls.append(_Call(path, gm, node, entry, entry.activation, entry.weight, None))
         elif right in dependent:
-            calls.append(_Call(gm, node, entry, entry.weight, entry.activation, _source(left)))
+            calls.append(_Call(path, gm, node, entry, entry.weight, entry.activation, _source(left)))
         else:
-            calls.append(_Call(gm, node, entry, entry.activation, entry.weight, _source(right)))
-    _name(calls, path)
+            calls.append(_Call(path, gm, node, entry, entry.activation, entry.weight, _source(right)))
+    _name(calls)
     return calls
 
 
@@ -159,12 +165,20 @@ def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str], sh
         _describe(part, calls, groups, shapes)
 
 
-def _name(calls: list[_Call], path: str) -> None:
+def _part_clashing(calls: list[_Call]) -> None:
+    """Names operations of Python code by their graphs where another layer has the name of their weight."""
+    counts = Counter(call.name for call in calls)
+    for call in calls:
+        if record_of(call.graph_module).is_operation and counts[call.name] > 1:
+            call.name = call.path
+
+
+def _name(calls: list[_Call]) -> None:
     """One name a call: `base` for a weight's first use, `base@k` for further ones, `base_k` for other operands."""
     operands_of: dict[str, list[Any]] = defaultdict(list)
     uses: dict[str, int] = defaultdict(int)
     for call in calls:
-        base = _base_name(call, path)
+        base = _base_name(call)
         operand = call.node if call.weight_source is None else call.weight
         if operand not in operands_of[base]:
             operands_of[base].append(operand)
@@ -174,15 +188,18 @@ def _name(calls: list[_Call], path: str) -> None:
         uses[name] += 1
 
 
-def _base_name(call: _Call, path: str) -> str:
-    if record_of(call.graph_module).is_operation:
-        return path
-    owner = join_path(path, owner_path(call.node))
+def _base_name(call: _Call) -> str:
+    owner = join_path(call.path, owner_path(call.node))
+    is_operation, source = record_of(call.graph_module).is_operation, call.weight_source
     if call.is_lookup:
         return owner or call.operator.name
-    if call.weight_source is None or tensor_at(call.graph_module, call.weight_source) is None:
-        return join_path(owner, call.operator.name)
-    holder, _, field = join_path(path, call.weight_source).partition(".parametrizations.")[0].rpartition(".")
+    if source is None or tensor_at(call.graph_module, source) is None:
+        return call.path if is_operation else join_path(owner, call.operator.name)
+    if is_operation:
+        weight = join_path(call.path.rpartition(".")[0], source.removeprefix(f"{CALLER}."))
+    else:
+        weight = join_path(call.path, source)
+    holder, _, field = weight.partition(".parametrizations.")[0].rpartition(".")
     if field.startswith(("weight", "_tensor_constant")):
         return holder or call.operator.name
     return f"{holder}.{field}".removeprefix(".").removesuffix("_weight")

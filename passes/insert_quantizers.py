@@ -40,7 +40,9 @@ class InsertQuantizers(Pass):
             for node, layer in list(layer_nodes(part.graph)):
                 if layer.name in signed:
                     layer = update(node, activation_signed=signed[layer.name])
-                name = layer.name.removeprefix(path).removeprefix(".")
+                # An operation may be named by a weight outside of its graph.
+                is_within = layer.name.startswith(path)
+                name = layer.name.removeprefix(path).removeprefix(".") if is_within else ""
                 site = _Site(part, node, layer, name, _placement(gm, part, layer))
                 modified |= _insert_both(site, scheme, self.recipe)
         update_record(gm, recipe=self.recipe)

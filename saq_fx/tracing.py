@@ -82,13 +82,15 @@ def trace_symbolically(
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy; raises TracingError, saying why and what to do, for a model that has none."""
-    original = Tensor.__deepcopy__
+    original: Any = Tensor.__deepcopy__
 
     def __deepcopy__(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         # What an earlier call has left, and weights that hooks (weight_norm, spectral_norm, prune) make at each call.
+        copied: Tensor
         if tensor.is_leaf:
-            return original(tensor, memo)
-        copied: Tensor = memo.setdefault(id(tensor), tensor.detach().clone())
+            copied = original(tensor, memo)
+        else:
+            copied = memo.setdefault(id(tensor), tensor.detach().clone())
         return copied
 
     try:

@@ -1,6 +1,6 @@
 """Finds the quantizable nodes and writes down what later passes need to know of each."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from saq_fx.fitting import Observed, Observer
 from saq_fx.graph import SaqGraphModule, graphs, held_by, parts_of
 from saq_fx.operators import Operator, operator_of
 from saq_fx.pass_base import Pass, PassResult
+from saq_fx.products import CALLER
 from saq_fx.shapes import Measured, NodeShapes, measure
 from saq_fx.signs import has_nonnegative_values
 from saq_fx.tracing import ExampleInputs
@@ -60,6 +61,7 @@ class AnnotateLayers(Pass):
             measured = measure(gm, self.example_inputs, may_multiply, observers)
         calls = [call for call in calls if measured.unfit.keys().isdisjoint(call.operands)]
         _name(calls)
+        _part_clashing(calls)
         if self.observed is not None:
             self.observed.update({call.name: observers[call.node] for call in calls})
         groups = _choice_groups(calls)
@@ -182,6 +184,14 @@ def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str], sh
         _describe(part, calls, groups, shapes)
 
 
+def _part_clashing(calls: list[_Call]) -> None:
+    """Names operations of Python code by their graphs where another layer has the name of their weight."""
+    counts = Counter(call.name for call in calls)
+    for call in calls:
+        if record_of(call.graph_module).is_operation and counts[call.name] > 1:
+            call.name = call.path
+
+
 def _name(calls: list[_Call]) -> None:
     """One name a call: `base` for a weight's first use, `base@k` for further ones, `base_k` for other operands."""
     operands_of: dict[tuple[str, str], list[fx.Node]] = defaultdict(list)
@@ -200,11 +210,16 @@ def _name(calls: list[_Call]) -> None:
 
 def _base_name(call: _Call) -> str:
     owner = join_path(call.path, owner_path(call.node))
+    is_operation, source = record_of(call.graph_module).is_operation, call.weight_source
     if call.is_lookup:
         return owner or call.operator.name
-    if call.weight_source is None or tensor_at(call.graph_module, call.weight_source) is None:
-        return join_path(owner, call.operator.name)
-    holder, _, field = join_path(call.path, call.weight_source.partition(".parametrizations.")[0]).rpartition(".")
+    if source is None or tensor_at(call.graph_module, source) is None:
+        return call.path if is_operation else join_path(owner, call.operator.name)
+    if is_operation:
+        weight = join_path(call.path.rpartition(".")[0], source.removeprefix(f"{CALLER}."))
+    else:
+        weight = join_path(call.path, source)
+    holder, _, field = weight.partition(".parametrizations.")[0].rpartition(".")
     if field.startswith(("weight", "_tensor_constant")):
         return holder or call.operator.name
     return f"{holder}.{field}".removeprefix(".").removesuffix("_weight")

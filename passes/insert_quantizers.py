@@ -40,8 +40,10 @@ class InsertQuantizers(Pass):
             for node, layer in list(layer_nodes(part.graph)):
                 if layer.name in signed:
                     layer = update(node, activation_signed=signed[layer.name])
-                name = layer.name.removeprefix(path).removeprefix(".")
-                site = _Site(part, node, layer, name, _placement(part, layer))
+                # An operation may be named by a weight outside of its graph.
+                is_within = layer.name.startswith(path)
+                name = layer.name.removeprefix(path).removeprefix(".") if is_within else ""
+                site = _Site(part, node, layer, name, _placement(gm, part, layer))
                 modified |= _insert_both(site, scheme, self.recipe)
         update_record(gm, recipe=self.recipe)
         return PassResult(gm, modified)
@@ -58,10 +60,10 @@ class _Site:
     placement: dict[str, Any]
 
 
-def _placement(gm: SaqGraphModule, layer: LayerAnnotation) -> dict[str, Any]:
-    """Device and type of the layer's weight, or of whatever parameter there is."""
-    weight = None if layer.weight is None else tensor_at(gm, layer.weight)
-    reference = next(gm.parameters(), None) if weight is None else weight
+def _placement(gm: SaqGraphModule, part: SaqGraphModule, layer: LayerAnnotation) -> dict[str, Any]:
+    """Device and type of the layer's weight, or of whatever parameter there is, in its part or anywhere."""
+    weight = None if layer.weight is None else tensor_at(part, layer.weight)
+    reference = next(part.parameters(), next(gm.parameters(), None)) if weight is None else weight
     if reference is None:
         return {}
     return {"device": reference.device, "dtype": reference.dtype if reference.is_floating_point() else None}

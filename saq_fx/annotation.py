@@ -97,7 +97,7 @@ class GraphRecord:
     the quantizers were made by, None before they were.
 
     Of a model captured by parts, `parts` are the paths of the outermost graphs inside this one, and `untraced` the
-    operations of the table that run in Python around them, as (name, reason). Of a part, the last three fields say how
+    operations of the table that run in Python around them, as (name, reason). Of a part, the next three fields say how
     it stands in the data flow around it: no other part feeds it, it feeds no other part, and it reads the network's
     input as it is.
     """
@@ -113,6 +113,7 @@ class GraphRecord:
     annotated: bool = False
     recipe: Recipe | None = None
     perturbation_case: int | None = None
+    is_operation: bool = False
 
 
 def annotation_of(node: fx.Node) -> LayerAnnotation | None:

@@ -3,8 +3,8 @@
 1. A `GraphModule` or an `ExportedProgram` is taken as it is.
 2. Symbolic tracing (`saq_fx.tracing`), in which a submodule whose code cannot be followed is one node.
 3. By parts: such a submodule, or the whole model, keeps its Python code, and each module that this code calls is
-   captured by itself and put in its place. So convolutions and linear layers are quantized and counted, and control
-   flow is what it was. What the Python code computes between the modules stays in float, and is listed.
+   captured by itself and put in its place, and so is each product that it computes (`saq_fx.products`). So they are
+   quantized and counted, and control flow is what it was. What no graph takes stays in float, and is listed.
 """
 
 import copy
@@ -26,8 +26,9 @@ from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
 from saq_fx.places import place_and_cause
+from saq_fx.products import Product, add_products, remove_products
 from saq_fx.recording import INPUT, CallRecorder, Calls
-from saq_fx.resizing import refusing_module
+from saq_fx.resizing import refusing_modules
 from saq_fx.shapes import interpreted, without_trace
 from saq_fx.tracing import (
     ExampleInputs,
@@ -94,25 +95,28 @@ def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
         if inputs is None:
             raise
         return _capture_around(model, inputs, str(error))
-    while inputs is not None and (refusing := refusing_module(gm, model, inputs)) is not None:
-        path, reason = refusing
+    others: list[Inputs] = []
+    while inputs is not None and (found := refusing_modules(gm, model, inputs)) is not None:
+        refusing, resized = found
         remove_flags(model)
+        others.append(resized)
         try:
-            if not path:
-                return _capture_around(model, inputs, reason)
-            gm, untraceable = trace_symbolically(model, inputs, untraceable | {path: reason})
+            if "" in refusing:
+                return _capture_around(model, inputs, refusing[""], others)
+            gm, untraceable = trace_symbolically(model, inputs, untraceable | refusing)
         except TracingError:
             remove_flags(model)
             gm, untraceable = trace_symbolically(model, inputs, untraceable)
             break
     if untraceable and inputs is not None:
-        _capture_parts(gm, model, untraceable, inputs)
+        _capture_parts(gm, model, untraceable, inputs, others)
     return gm
 
 
 def _capture_around(model: nn.Module, inputs: Inputs, reason: str, others: Sequence[Inputs] = ()) -> SaqGraphModule:
     """Keeps the module's own code, and captures what it calls; there may be `others` that it is called with."""
     remove_flags(model)
+    remove_products(model)
     gm = SaqGraphModule.around(model, _python_graph(model, inputs))
     gm.keep_modes(frozen_modes(model))
     _capture_parts(gm, model, {"": reason}, inputs, others)
@@ -168,20 +172,23 @@ def _capture_parts(
     """Replaces the modules that untraceable code calls by graphs of their own."""
     reasons = {model.get_submodule(path): reason for path, reason in untraceable.items()}
     recorder = _record(model, reasons, inputs, others)
-    while entered := [module for module in recorder.calls if _holds_any(module, recorder.calls)]:
+    while entered := [
+        each for each in recorder.calls if isinstance(each, nn.Module) and _holds_any(each, recorder.calls)
+    ]:
         reasons.update(dict.fromkeys(entered, "code outside of it calls modules in it"))
         recorder = _record(model, reasons, inputs, others)
     splitter = _Splitter(recorder.calls, reasons)
     for path, module in list(model.named_modules()):
         if module in reasons:
             splitter.split(module, path)
+            splitter.add_products(module, gm if module is model else module, path)
     _place(splitter.parts, recorder.calls)
     for name, owner in recorder.operations.items():
         splitter.untraced.append((name, f"runs in Python code that cannot be traced, {reasons[owner]}"))
     update_record(gm, tracing="by parts", parts=tuple(splitter.paths), untraced=tuple(splitter.untraced))
 
 
-def _holds_any(module: nn.Module, others: Container[nn.Module]) -> bool:
+def _holds_any(module: nn.Module, others: Container[Any]) -> bool:
     return any(inner in others for inner in module.modules() if inner is not module)
 
 
@@ -209,8 +216,8 @@ def _record(model: nn.Module, python: Iterable[nn.Module], example: Inputs, othe
 class _Splitter:
     """Puts captured parts in the place of modules that Python code calls."""
 
-    def __init__(self, calls: Mapping[nn.Module, Calls], python: Iterable[nn.Module]) -> None:
-        self.parts: dict[nn.Module, SaqGraphModule] = {}
+    def __init__(self, calls: Mapping[nn.Module | Product, Calls], python: Iterable[nn.Module]) -> None:
+        self.parts: dict[nn.Module | Product, SaqGraphModule] = {}
         self.paths: list[str] = []
         self.untraced: list[tuple[str, str]] = []
         self._calls, self._python = calls, set(python)
@@ -221,13 +228,25 @@ class _Splitter:
         for name, child in list(holder._modules.items()):
             if child is None or child in self._python:
                 continue
-            is_part = child in self._calls or not self._reaches_below(child)
+            is_part = child in self._calls or not (self._reaches_below(child) or self._is_read_by_products(child))
             if child not in self._done and is_part:
                 self._capture_part(child, join_path(path, name))
             if child in self.parts:
                 holder._modules[name] = self.parts[child]
             elif child not in self._calls:
                 self.split(child, join_path(path, name))
+
+    def add_products(self, module: nn.Module, holder: nn.Module, path: str) -> None:
+        """Makes parts of the products that the module's own code computes; `holder` is what is left of the module."""
+        found = [each for each in self._calls if isinstance(each, Product) and each.module is module]
+        for product, (name, part) in add_products(module, holder, found).items() if found else ():
+            self.parts[product] = part
+            self.paths.append(join_path(path, name))
+
+    def _is_read_by_products(self, module: nn.Module) -> bool:
+        """Whether its weights are quantized where they are multiplied, and not where it would be called."""
+        read = {id(weight) for each in self._calls if isinstance(each, Product) for weight in each.weights().values()}
+        return any(id(parameter) in read for parameter in module.parameters())
 
     def _reaches_below(self, module: nn.Module) -> bool:
         return any(each in self._calls or each in self._python for each in module.modules())
@@ -259,6 +278,8 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
     """A graph that takes the inputs of every call: guards that one of them fails are a reason to keep Python code."""
     if not calls.inputs:
         return _capture(module, None)
+    if not type(module).__module__.startswith("torch.nn.") and any(map(_passes_none, calls.inputs)):
+        return _capture_around(module, calls.inputs[0], "other calls may give it what is None here", calls.inputs[1:])
     part = _capture(module, calls.inputs[0])
     try:
         with without_trace(part), interpreted(part):
@@ -267,6 +288,10 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
     except Exception as error:
         return _capture_around(module, calls.inputs[0], place_and_cause(error), calls.inputs[1:])
     return part
+
+
+def _passes_none(inputs: Inputs) -> bool:
+    return any(each is None for each in (*inputs[0], *inputs[1].values()))
 
 
 def _has_layers(gm: SaqGraphModule) -> bool:
@@ -281,7 +306,7 @@ def _has_layers(gm: SaqGraphModule) -> bool:
     return False
 
 
-def _place(parts: Mapping[nn.Module, SaqGraphModule], calls: Mapping[nn.Module, Calls]) -> None:
+def _place(parts: Mapping[nn.Module | Product, SaqGraphModule], calls: Mapping[nn.Module | Product, Calls]) -> None:
     """Writes down how each part stands in the data flow; one that no example reaches is neither first nor last."""
     feeding = {origin for module in parts if module in calls for origin in calls[module].origins}
     for module, part in parts.items():

@@ -21,7 +21,14 @@ _RANDOM_BY_ARGUMENT = {"scaled_dot_product_attention", "multi_head_attention_for
 _STATISTICS = {"batch_norm", "instance_norm", "native_batch_norm"}
 # Of this library and of torch: what raises errors, or opens and closes scopes.
 _CHANGES_HISTORY = {"requires_grad_", "detach_", "retain_grad"}
-_WITHOUT_VALUE = {"require_same_path", "require_default", "switch_autocast", "_assert", "_set_grad_enabled"}
+_WITHOUT_VALUE = {
+    "require_same_path",
+    "require_default",
+    "require_given",
+    "switch_autocast",
+    "_assert",
+    "_set_grad_enabled",
+}
 _KNOWN = ("torch", "torchvision", "saq_fx", "math", "operator", "_operator", "builtins")
 
 

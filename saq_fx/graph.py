@@ -15,7 +15,11 @@ from torch.fx.node import _get_qualified_name
 from saq_fx import annotation
 from saq_fx.annotation import LayerAnnotation, join_path, record_of
 from saq_fx.errors import TracingError
+from saq_fx.parametrized import add_properties, plain_class
 from saq_fx.precision import Precision
+
+ROUTED = "_routed"
+"""The attribute of a module that runs its code in the place of `forward` (see `saq_fx.products`)."""
 
 
 class _Forward:
@@ -95,7 +99,7 @@ class SaqGraphModule(fx.GraphModule):
         Raises:
             TracingError: the module has a name that graph modules use for something else.
         """
-        taken = sorted(_GRAPH_NAMES.intersection(dir(module)))
+        taken = sorted(name for name in _GRAPH_NAMES.intersection(dir(module)) if not name.startswith("__"))
         if taken:
             raise TracingError(f"{type(module).__name__}.{taken[0]} has the name of an attribute of graphs: rename it")
         for name, value in vars(module).items():
@@ -106,12 +110,13 @@ class SaqGraphModule(fx.GraphModule):
                 vars(self)[kind].setdefault(name, value)  # those that are None: a layer without bias
         added = {name: child for name, child in self._modules.items() if name not in module._modules}
         self._modules = {**module._modules, **added}
-        vars(self)["_acts_as"] = type(module)
+        vars(self)["_acts_as"] = plain_class(module)
         self._take_class()
 
     def _take_class(self) -> None:
         if "_acts_as" in vars(self):
             self.__class__ = new_class("GraphModuleImpl", (SaqGraphModule, vars(self)["_acts_as"]))
+            add_properties(self)
 
     def _keep_out_of_state(self, buffers: set[str]) -> None:
         """Buffers that the model does not save (constants met while tracing, too) are not saved here either."""
@@ -160,7 +165,8 @@ class SaqGraphModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
-        return _rebuild, (state, _dump_graph(self.graph))
+        # The state comes after the object, for what is in it may refer to it.
+        return _empty, (), (state, _dump_graph(self.graph)), None, None, _rebuild
 
 
 # What graph modules have that others have not.
@@ -252,12 +258,16 @@ def _resolve(value: Any, nodes: list[fx.Node]) -> Any:
     return value
 
 
-def _rebuild(state: dict[str, Any], graph: dict[str, Any]) -> SaqGraphModule:
+def _empty() -> SaqGraphModule:
     module: SaqGraphModule = SaqGraphModule.__new__(SaqGraphModule)
+    return module
+
+
+def _rebuild(module: SaqGraphModule, dumped: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    state, graph = dumped
     module.__dict__.update(state)
     module._take_class()
     module.graph = _load_graph(graph)
-    return module
 
 
 def _read_bits(gm: Any, incompatible_keys: Any) -> None:
@@ -302,8 +312,9 @@ def run_eagerly(
         if name not in defaults or type(value) is not type(defaults[name]) or value != defaults[name]
     }
     # Of the class: what is set on the object is a forward of the graph.
+    forward = vars(model).get(ROUTED, type(model).forward)
     with without_fused_layers():
-        return type(model).forward(model, *args, *more_args, **kwargs, **more_kwargs)
+        return forward(model, *args, *more_args, **kwargs, **more_kwargs)
 
 
 def call_arguments(node: fx.Node, values: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

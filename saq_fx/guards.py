@@ -57,6 +57,10 @@ class GuardedTracer(fx.Tracer):
         self._guard(obj.node, kind, expected)
         return expected
 
+    def guard(self, obj: fx.Proxy, kind: str, expected: Any) -> None:
+        """Has inputs for which something else is asked of a proxy be an error."""
+        self._guard(obj.node, kind, expected)
+
     def _guard(self, node: fx.Node, kind: str, expected: Any) -> None:
         place = f"{self.scope.module_path or type(self.root).__name__}, {line_of_user()}"
         self.create_node("call_function", require_same_path, (node, kind, expected, place), {})

@@ -249,12 +249,18 @@ def operator_of(node: fx.Node) -> Operator | None:
 
 def arithmetic_called(function: Callable[..., Any]) -> str | None:
     """The name of what a function or a method of tensors does, if that has multiply-adds or an entry in the table."""
-    name = getattr(function, "__name__", "")
-    is_method = getattr(torch.Tensor, name, None) is function
-    entry = _BY_FUNCTION.get(function) or (_BY_METHOD.get(name) if is_method else None)
+    entry = operator_called(function)
     if entry is not None:
         return entry.name
-    return name if function_name(function) in _UNCOUNTED else None
+    return getattr(function, "__name__", "") if function_name(function) in _UNCOUNTED else None
+
+
+def operator_called(function: Callable[..., Any]) -> Operator | None:
+    """The entry of a function or a method of tensors, None for anything else."""
+    entry = _BY_FUNCTION.get(function)
+    if entry is None and (name := getattr(function, "__name__", "")) in _BY_METHOD:
+        entry = _BY_METHOD[name] if getattr(torch.Tensor, name) is function else None
+    return entry
 
 
 def quantizable_names() -> frozenset[str]:

@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from saq_fx.annotation import join_path
-from saq_fx.nested import tensors_in
+from saq_fx.nested import cloned, tensors_in
 from saq_fx.operators import arithmetic_called
+from saq_fx.products import Product, product_called
 
 INPUT = ""
 """The origin of what is the network's input still, at most rearranged or rescaled without parameters."""
@@ -24,16 +25,17 @@ class Calls:
 
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     kinds: list[Any] = field(default_factory=list)
-    origins: set[nn.Module | str] = field(default_factory=set)
+    origins: set[nn.Module | Product | str] = field(default_factory=set)
     is_transformed: bool = False
 
 
 class CallRecorder(TorchFunctionMode):
     """While entered, notes the calls that the code of `python` modules makes of other modules and of the table.
 
-    `calls` are the modules called; `operations` the names of operations with multiply-adds that such code runs itself,
-    each with the module whose code it is. The origins of a call are those called modules whose outputs its inputs were
-    computed from, and `INPUT`. Once `is_open` is False, only more inputs of the calls found so far are noted.
+    `calls` are the modules and the products called; `operations` the names of other operations with multiply-adds that
+    such code runs itself, each with the module whose code it is. The origins of a call are what was called before and
+    its inputs were computed from, and `INPUT`. Once `is_open` is False, of modules only more inputs of the calls found
+    so far are noted.
 
     Args:
         model: what is going to run.
@@ -42,7 +44,7 @@ class CallRecorder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, python: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.calls: dict[nn.Module, Calls] = {}
+        self.calls: dict[nn.Module | Product, Calls] = {}
         self.operations: dict[str, nn.Module] = {}
         self.is_open = True
         self._model, self._python = model, set(python)
@@ -79,7 +81,7 @@ class CallRecorder(TorchFunctionMode):
                 calls.is_transformed = True
             elif kind not in calls.kinds:
                 calls.kinds.append(kind)
-                calls.inputs.append((args, kwargs))
+                calls.inputs.append(cloned((args, kwargs)))  # what comes next may change them
         self._stack.append(module)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -92,18 +94,29 @@ class CallRecorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Passes on where values came from; in-place functions pass it to what they change."""
+        product = self._product(func, args, kwargs or {})
         output = func(*args, **(kwargs or {}))
-        name = arithmetic_called(func) if self._is_called_from_python() else None
-        if name is not None and self.is_open:
-            self.operations[join_path(self._paths[self._stack[-1]], name)] = self._stack[-1]
         operands = tensors_in((args, kwargs or {}))
         origins = set().union(*(self._origins.get(tensor, ()) for tensor in operands))
+        if product is not None:
+            self.calls.setdefault(product, Calls()).origins.update(origins)
+            origins.add(product)
         if any(isinstance(tensor, nn.Parameter) for tensor in operands):
             origins.discard(INPUT)
         if origins:
             for tensor in operands[:1] if output is None else tensors_in(output):
                 self._origins[tensor] = origins
         return output
+
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
+        """What is called if Python code calls a product; what else it computes is noted by name."""
+        name = arithmetic_called(func) if self._is_called_from_python() else None
+        if name is None:
+            return None
+        product = product_called(func, args, kwargs, self._stack[-1])
+        if product is None and self.is_open:
+            self.operations[join_path(self._paths[self._stack[-1]], name)] = self._stack[-1]
+        return product
 
 
 def _kind(value: Any) -> Any:

@@ -1,13 +1,12 @@
 """Which guards of a graph refuse inputs of other sizes that the model itself takes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from saq_fx.annotation import owner_path
-from saq_fx.bytecode import multiplies
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule, without_fused_layers
 from saq_fx.nested import cloned, map_tensors
@@ -15,33 +14,38 @@ from saq_fx.runtime import require_same_path
 from saq_fx.shapes import bind_inputs, interpreted, without_trace
 from saq_fx.tracing import Inputs
 
-_LONGER: tuple[Callable[[int], int], ...] = (lambda size: 2 * size, lambda size: size * 3 // 2, lambda size: size + 1)
+_LONGER: tuple[Callable[[int], int], ...] = (lambda size: size * 3 // 2, lambda size: 2 * size, lambda size: size + 1)
 _NEARBY: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: size - 1)
 
 
-def refusing_module(gm: SaqGraphModule, model: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
-    """The path of a module whose code the graph cannot follow on inputs of another size, and why; None without one.
+def refusing_modules(gm: SaqGraphModule, model: nn.Module, inputs: Inputs) -> tuple[dict[str, str], Inputs] | None:
+    """Modules whose code the graph cannot follow on inputs of another size, by path, and why; and these inputs.
 
-    Tried are one sample more, larger images, and longer and shorter sequences. Modules that multiply tensors
-    themselves are left alone unless it is the batch that they depend on: as Python, their products would stay in float.
+    None where there are none. Tried are one sample more, larger images, and longer and shorter sequences. What one
+    module asks at a line of its code, and gets another answer, others of its class will at yet other sizes.
     """
     guards = [node for node in gm.graph.nodes if node.target is require_same_path]
-    kinds = {guard: type(model.get_submodule(owner_path(guard))) for guard in guards}
-    movable = [guard for guard in guards if not multiplies(kinds[guard].forward, kinds[guard])]
-    for resized, of_batch in _resized(inputs) if guards else ():
-        asked = guards if of_batch else movable
-        for guard, problem in _refusals(gm, resized, asked).items() if asked else ():
-            if guard in asked and _runs(model, resized):
-                return owner_path(guard), f"the path through its code depends on the sizes of inputs: {problem}"
+    for resized in _resized(inputs) if guards else ():
+        refusals = _refusals(gm, resized, guards[-1])
+        if refusals and _runs(model, resized):
+            first, problem = next(iter(refusals.items()))
+            reason = f"the path through its code depends on the sizes of inputs: {problem}"
+            asked = _asked(model, first)
+            return {owner_path(guard): reason for guard in guards if _asked(model, guard) == asked}, resized
     return None
+
+
+def _asked(model: nn.Module, guard: fx.Node) -> tuple[type, str]:
+    """The class whose code asked for what a guard guards, and the line."""
+    return type(model.get_submodule(owner_path(guard))), str(guard.args[3]).rpartition(", ")[2]
 
 
 class _Done(Exception):
     """Nothing more is asked of a run."""
 
 
-def _refusals(gm: SaqGraphModule, inputs: Inputs, asked: Sequence[fx.Node]) -> Mapping[fx.Node, str]:
-    """The guards that fail on these inputs, as far as the graph runs on them and up to the last one asked for."""
+def _refusals(gm: SaqGraphModule, inputs: Inputs, last: fx.Node) -> Mapping[fx.Node, str]:
+    """The guards that fail on these inputs, as far as the graph runs on them and up to the last one."""
     found: dict[fx.Node, str] = {}
 
     def run(part: SaqGraphModule, node: fx.Node, values: Mapping[fx.Node, Any], compute: Callable[[], Any]) -> Any:
@@ -51,7 +55,7 @@ def _refusals(gm: SaqGraphModule, inputs: Inputs, asked: Sequence[fx.Node]) -> M
             compute()
         except TracingError as error:
             found[node] = str(error)
-        if node is asked[-1]:
+        if node is last:
             raise _Done
         return None
 
@@ -75,14 +79,14 @@ def _runs(model: nn.Module, inputs: Inputs) -> bool:
     return True
 
 
-def _resized(inputs: Inputs) -> Iterator[tuple[Inputs, bool]]:
-    """Inputs of other sizes, and whether only the batch differs."""
-    yield _with_axis(inputs, 0, (1, 2, 3, 4, 5), lambda size: size + 1), True
+def _resized(inputs: Inputs) -> Iterator[Inputs]:
+    """Inputs of other sizes."""
+    yield _with_axis(inputs, 0, (1, 2, 3, 4, 5), lambda size: size + 1)
     for change in _LONGER:
-        yield _with_axis(_with_axis(inputs, -1, (4, 5), change), -2, (4, 5), change), False
+        yield _with_axis(_with_axis(inputs, -1, (4, 5), change), -2, (4, 5), change)
     for axis in (1, -1):
         for change in _NEARBY:
-            yield _with_axis(inputs, axis, (2, 3), change), False
+            yield _with_axis(inputs, axis, (2, 3), change)
 
 
 def _with_axis(inputs: Inputs, axis: int, dimensions: tuple[int, ...], change: Callable[[int], int]) -> Inputs:

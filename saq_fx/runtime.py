@@ -20,11 +20,30 @@ def require_default(value: Any, default: Any, name: str) -> None:
         )
 
 
-def _type_name(value: Any) -> str:
+def require_given(value: Any, name: str) -> None:
+    """Rejects a call that lacks an argument, which the model has no default for."""
+    if value is None:
+        raise TracingError(
+            f"argument {name!r} is None or missing, and was given when the model was prepared: leave it out of "
+            "example_inputs to prepare_saq if it is not to be given"
+        )
+
+
+def type_name(value: Any) -> str:
+    """What guards call the type of a value."""
     return "Tensor" if isinstance(value, Tensor) else type(value).__name__.removeprefix("immutable_")  # fx's lists
 
 
-CONCRETE: dict[str, Callable[[Any], Any]] = {"bool": bool, "len": len, "int": int, "float": float, "type": _type_name}
+CONCRETE: dict[str, Callable[[Any], Any]] = {
+    "bool": bool,
+    "len": len,
+    "int": int,
+    "float": float,
+    "type": type_name,
+    "types": lambda items: [type_name(item) for item in items],
+    "nones": lambda items: [index for index, item in enumerate(items) if item is None],
+    "items": list,
+}
 """What Python may ask of a symbolic value, by the names that guards have for it."""
 
 

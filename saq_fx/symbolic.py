@@ -15,13 +15,14 @@ from torch.fx import _symbolic_trace
 from saq_fx.attention import can_open, open_multihead_attention
 from saq_fx.bytecode import multiplies
 from saq_fx.errors import TracingError
+from saq_fx.given import given
 from saq_fx.guards import GuardedTracer
 from saq_fx.modes import flag_path
 from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched
 from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
-from saq_fx.runtime import build_object, class_name, find_class, is_importable, require_default
+from saq_fx.runtime import build_object, class_name, find_class, is_importable, require_default, require_given
 from saq_fx.scopes import GradientFlow
 from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance
 
@@ -205,7 +206,7 @@ class SymbolicTracer(GuardedTracer):
         proxy = self.create_proxy("call_module", path, args, kwargs)
         if self._built != built:
             raise TracingError(f"module {path!r} stays Python code, and may change an object that it is given")
-        if any(type(each) in (list, dict) for each in (*args, *kwargs.values())):
+        if any(isinstance(each, list | dict) for each in (*args, *kwargs.values())):
             self._examples.value(proxy.node)
             if proxy.node in self._examples.changed_arguments:
                 raise TracingError(f"module {path!r} stays Python code, and changes a list or dictionary of its caller")
@@ -237,10 +238,14 @@ class SymbolicTracer(GuardedTracer):
         """One placeholder an argument; an argument fixed at its default gets a guard that rejects other values."""
         positional: list[Any] = [self.root]
         keyword: dict[str, Any] = {}
-        for name, parameter in list(inspect.signature(root_fn).parameters.items())[1:]:
+        parameters = dict(list(inspect.signature(root_fn).parameters.items())[1:])
+        for name, parameter in parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL and (self.arguments or {}).get(name):
+                raise TracingError(f"a graph takes no {parameter}")
+            if parameter.kind is parameter.VAR_KEYWORD:
+                more = [each for each in self.arguments or {} if each not in parameters]
+                keyword |= {each: self._root_argument(each, parameter) for each in more}
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                if (self.arguments or {}).get(name):
-                    raise TracingError(f"a graph takes no {parameter}")
                 continue
             value = self._root_argument(name, parameter)
             if name in self.fixed:
@@ -269,14 +274,27 @@ class SymbolicTracer(GuardedTracer):
     def _root_argument(self, name: str, parameter: inspect.Parameter) -> Any:
         is_none = name in (self.arguments or {}) and (self.arguments or {})[name] is None
         if name not in self.fixed and not is_none:
-            default = () if parameter.default is parameter.empty else (parameter.default,)
-            return self.create_proxy("placeholder", name, default, {})
+            return self._given_argument(name, parameter)
         # Code asks by `is None`, which a symbolic value cannot answer.
         fixed = self.fixed.get(name)
         if fixed is None or isinstance(fixed, bool | int | float | str):
             placeholder = self.create_proxy("placeholder", name, (fixed,), {})
             self.create_node("call_function", require_default, (placeholder.node, fixed, name), {})
         return None
+
+    def _given_argument(self, name: str, parameter: inspect.Parameter) -> Any:
+        proxy = self._placeholder(name, parameter)
+        return proxy if self.arguments is None else given(self, proxy, self.arguments.get(name, parameter.default))
+
+    def _placeholder(self, name: str, parameter: inspect.Parameter) -> Any:
+        is_required = parameter.default is parameter.empty
+        # The code of a graph has all that have no default in front of those that have.
+        follows_default = any(node.args for node in self.graph.nodes if node.op == "placeholder")
+        default = () if is_required and not follows_default else (None,) if is_required else (parameter.default,)
+        proxy = self.create_proxy("placeholder", name, default, {})
+        if default == (None,) and self.arguments is not None:
+            self.create_node("call_function", require_given, (proxy.node, name), {})
+        return proxy
 
 
 def _is_without_gradient(value: Any) -> bool:

@@ -16,9 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError
@@ -26,8 +23,10 @@ from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
 from saq_fx.nested import cloned
+from saq_fx.parametrized import make_picklable
 from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
+from saq_fx.scopes import replaced
 from saq_fx.sharpness import preserve_buffers
 from saq_fx.state import HookTables, Kept, forgotten, unmoved
 from saq_fx.symbolic import SymbolicTracer
@@ -83,23 +82,27 @@ def trace_symbolically(
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy; raises TracingError, saying why and what to do, for a model that has none."""
-    # Hooks of torch.nn.utils (weight_norm, spectral_norm, prune) leave a weight with a history, made anew at each call.
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            weight = vars(module).get(
-                getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", "")
-            )
-            is_made_anew = isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod)
-            if is_made_anew and isinstance(weight, Tensor) and not weight.is_leaf:
-                memo[id(weight)] = weight.detach().clone()
+    original: Any = Tensor.__deepcopy__
+
+    def __deepcopy__(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        # What an earlier call has left, and weights that hooks (weight_norm, spectral_norm, prune) make at each call.
+        copied: Tensor
+        if tensor.is_leaf:
+            copied = original(tensor, memo)
+        else:
+            copied = memo.setdefault(id(tensor), tensor.detach().clone())
+        return copied
+
     try:
-        return copy.deepcopy(model, _copies_of_empty_tables(model) | memo)
+        with replaced(Tensor, __deepcopy__=__deepcopy__):
+            own = copy.deepcopy(model, _copies_of_empty_tables(model))
     except Exception as error:
         raise TracingError(
             f"{type(model).__name__} cannot be copied ({error}), and prepare_saq never changes the model it is given: "
-            "remove attributes that do not deepcopy, such as tensors with a history or open files"
+            "remove attributes that do not deepcopy, such as open files"
         ) from error
+    make_picklable(own)
+    return own
 
 
 def _copies_of_empty_tables(model: nn.Module) -> dict[int, Any]:
@@ -135,6 +138,9 @@ def _arguments(model: nn.Module, inputs: Inputs | None) -> _Arguments:
         except TypeError as error:
             name = type(model).__name__
             raise TracingError(f"example_inputs do not fit {name}.forward{signature}: {error}") from error
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
     fixed = {
         name: parameter.default
         for name, parameter in signature.parameters.items()

@@ -3,7 +3,7 @@
 import itertools
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from saq_fx.graph import SaqGraphModule
 from saq_fx.precision import Budget, Precision
 from saq_fx.prepare import prepare_saq
 from saq_fx.recipe import Recipe
+from saq_fx.shapes import interpreted
 from saq_fx.tracing import split_inputs
 from tests.zoo import ZOO
 
@@ -59,21 +60,22 @@ def total_flops(model: nn.Module, x: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-class FlopsPerLayer(fx.Interpreter):
-    """Runs a prepared graph with a FLOP counter of its own around each layer."""
+def flops_per_layer(gm: SaqGraphModule, x: Tensor) -> dict[str, int]:
+    """FLOPs of each layer of a prepared graph and of its parts, each counted by a counter of its own."""
+    flops: dict[str, int] = {}
 
-    def __init__(self, gm: SaqGraphModule) -> None:
-        super().__init__(gm)
-        self.flops: dict[str, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        layer = annotation_of(n)
+    def run(part: SaqGraphModule, node: fx.Node, compute: Callable[[], Any]) -> Any:
+        layer = annotation_of(node)
         if layer is None:
-            return super().run_node(n)
+            return compute()
         with FlopCounterMode(display=False) as counter:
-            result = super().run_node(n)
-        self.flops[layer.name] = counter.get_total_flops()
+            result = compute()
+        flops[layer.name] = counter.get_total_flops()
         return result
+
+    with interpreted(gm, run):
+        gm(x)
+    return flops
 
 
 CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
@@ -92,10 +94,8 @@ def test_macs_are_half_of_the_flops_torch_counts_in_torchvision_classifiers(name
     model = torchvision_model(name)
     x = torch.zeros((1, 3, 299, 299) if name == "inception_v3" else (1, 3, 224, 224), device="meta")
     gm = prepare_saq(model, example_inputs=x, precision=None)
-    interpreter = FlopsPerLayer(gm)
-    interpreter.run(x)
     costs = cost_table(gm)
-    assert {layer.name: 2 * layer.macs for layer in costs} == interpreter.flops
+    assert {layer.name: 2 * layer.macs for layer in costs} == flops_per_layer(gm, x)
     assert 2 * costs.total_macs == total_flops(model, x)
 
 
@@ -105,11 +105,9 @@ def test_macs_are_half_of_the_flops_torch_counts_layer_by_layer(name: str, preci
     entry = ZOO[name]
     (x,), _ = split_inputs(entry.inputs())
     gm = prepare_saq(entry.make(), example_inputs=x[:1], precision=precision)
-    interpreter = FlopsPerLayer(gm)
-    interpreter.run(x[:1])
-    costs = cost_table(gm)
-    assert len(interpreter.flops) == len(costs) > 0
-    assert {layer.name: 2 * layer.macs for layer in costs} == interpreter.flops
+    costs, flops = cost_table(gm), flops_per_layer(gm, x[:1])
+    assert len(flops) == len(costs) > 0
+    assert {layer.name: 2 * layer.macs for layer in costs} == flops
 
 
 def test_a_batch_costs_what_one_sample_does() -> None:

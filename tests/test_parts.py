@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from saq_fx.graph import layers
 from saq_fx.prepare import prepare_saq
@@ -205,3 +207,35 @@ class Typed(nn.Module):
 def test_types_of_python_as_types_of_tensors() -> None:
     model, x = Typed(), torch.randn(2, 8)
     assert_same_function(model, prepare_saq(model, example_inputs=x, precision=None), x)
+
+
+class Deciding(nn.Module):
+    """Values decide whether a module is given a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Shifting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, [x.square()] if x.sum() > 0 else None)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_parts_take_a_state_and_none(sign: int) -> None:
+    model, x = Deciding(), torch.rand(2, 8)
+    gm = prepare_saq(model, example_inputs=-x, precision=None)
+    assert {layer.name for _, layer in layers(gm)} == {"inner.layer"}
+    assert_same_function(model, gm, sign * x)
+
+
+@pytest.mark.parametrize("normalize", [parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_parametrized_parts(normalize: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = Deciding(), torch.rand(2, 8)
+    normalize(model.inner.layer)
+    assert_same_function(model, prepare_saq(model, example_inputs=x, precision=None), x)
+    gm = prepare_saq(model, example_inputs=x).eval()
+    assert [row.name for row in precision_report(gm).rows] == ["inner.layer"]
+    for each in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert torch.equal(each(x), gm(x))
+        assert isinstance(each.inner.layer, nn.Linear)
+        assert torch.equal(each.inner.layer.weight, gm.inner.layer.weight)

@@ -106,11 +106,14 @@ class Multiplying(nn.Module):
         return scores if x.shape[1] > 4 else scores.relu()
 
 
-def test_products_stay_in_the_graph_where_only_a_length_is_asked_for() -> None:
-    gm = prepare_saq(Multiplying(), example_inputs=V)
-    assert [row.name for row in precision_report(gm).rows] == ["a", "b", "matmul"]
-    with pytest.raises(TracingError, match="another path"):
-        gm(V[:, :4])
+def test_products_next_to_a_question_for_the_length() -> None:
+    model = Multiplying()
+    gm = prepare_saq(model, example_inputs=V, precision=None)
+    for inputs in (V, V[:, :4], *OTHERS):
+        assert_same(model, gm, inputs)
+    report = precision_report(prepare_saq(model, example_inputs=V))
+    assert {row.name: row.macs for row in report.rows} == {"a": 5 * 64, "b": 5 * 64, "matmul": 5 * 5 * 8}
+    assert report.quantized_share == 1
 
 
 class Optional(nn.Module):

@@ -4,9 +4,11 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,7 +172,28 @@ def test_tracing_moves_no_running_statistics() -> None:
 class Uncopyable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.history = nn.Linear(2, 2)(torch.randn(2))
+        self.lock = threading.Lock()
+
+
+class Remembering(nn.Module):
+    """Leaves what it has computed where only it finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.held = nn.Linear(2, 2), SimpleNamespace(levels=[])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.held.levels = [self.layer(x)]
+        return self.held.levels[0] * 2
+
+
+def test_a_model_that_keeps_tensors_with_a_history() -> None:
+    model, x = Remembering(), torch.randn(3, 2)
+    expected = model(x)
+    kept = model.held.levels[0]
+    assert torch.equal(trace(model, x)(x), expected)
+    assert model.held.levels[0] is kept
+    assert kept.grad_fn is not None
 
 
 def test_errors_name_model_and_argument() -> None:

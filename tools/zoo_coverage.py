@@ -213,6 +213,9 @@ def transformers_models() -> Iterator[tuple[str, Maker]]:
         "word_embed_proj_dim": 32,
     }
     swin = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    switch = {"num_decoder_layers": 2, "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    moe = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4}
+    grouped = {**words, "num_key_value_heads": 2, "use_cache": False}
     segformer = {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "decoder_hidden_size": 32}
     gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
     distil = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}
@@ -227,6 +230,15 @@ def transformers_models() -> Iterator[tuple[str, Maker]]:
         ("Qwen2", "ForCausalLM", {**words, "num_key_value_heads": 2}, tokens),
         ("OPT", "ForCausalLM", {**opt, "vocab_size": 100}, tokens),
         ("T5", "ForConditionalGeneration", t5, both),
+        ("SwitchTransformers", "ForConditionalGeneration", {**t5, **switch}, both),
+        ("Mixtral", "ForCausalLM", {**grouped, "num_local_experts": 4}, tokens),
+        ("Qwen2Moe", "ForCausalLM", {**grouped, **moe}, tokens),
+        (
+            "Deberta",
+            "ForSequenceClassification",
+            {**words, "relative_attention": True, "pos_att_type": ["c2p"]},
+            tokens,
+        ),
         ("ViT", "ForImageClassification", images, pixels),
         ("DeiT", "ForImageClassification", images, pixels),
         ("Swin", "ForImageClassification", swin, pixels),

@@ -1,0 +1,140 @@
+"""Products that code computes which stays Python: each is a layer with quantizers, and the function stays the same."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saq_fx.annotation import record_of
+from saq_fx.graph import layers
+from saq_fx.prepare import prepare_saq
+from saq_fx.report import precision_report
+from saq_fx.training import SAQ
+from tests.test_hostile import assert_same
+
+
+def weighted(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+class Products(nn.Module):
+    """Every way to name a product, helpers among them, next to control flow on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.uncalled = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.weight = nn.Parameter(torch.randn(6, 6) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.sum() > -1e9:
+            x = weighted(x, self.weight) + weighted(x, self.uncalled.weight)
+        scores = (x @ x.transpose(-2, -1)).softmax(-1)
+        x = scores.matmul(x) + torch.einsum("btc,cd->btd", x, self.weight)
+        x = F.scaled_dot_product_attention(x, x, value=x, is_causal=True)
+        for _ in range(2):
+            x = torch.baddbmm(x, x, self.weight.expand(len(x), 6, 6), beta=0.5)
+        return x @ self.weight.t()
+
+
+class Chosen(nn.Module):
+    """A mixture of experts whose weights are slices of one parameter; who gets what, values decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 3)
+        self.experts = nn.Parameter(torch.randn(3, 6, 6) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        output = torch.zeros_like(x)
+        for expert in range(3):
+            batch, token = torch.where(chosen == expert)
+            if len(batch):
+                output[batch, token] = F.linear(x[batch, token], self.experts[expert]).relu()
+        return output
+
+
+class Within(nn.Module):
+    """Such code below a traced one, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(6, 6), Products(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.inner(self.stem(x))))
+
+
+OWN = {"first", "linear", "uncalled", "matmul", "matmul_1", "einsum", "baddbmm", "matmul_2"}
+NAMES: dict[Callable[[], nn.Module], set[str]] = {
+    Products: OWN,
+    Chosen: {"router", "linear"},
+    Within: {"stem", "head", *(f"inner.{name}" for name in OWN)},
+}
+
+
+@pytest.mark.parametrize("make", NAMES)
+def test_the_function_stays_the_same(make: Callable[[], nn.Module]) -> None:
+    model, x = make(), torch.randn(2, 5, 6)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert record_of(gm).tracing == "by parts"
+    assert list(gm.state_dict()) == list(model.state_dict())
+    for each in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        for inputs in (x, torch.randn(3, 4, 6)):
+            for training in (False, True):
+                assert_same(model.train(training), each.train(training), inputs)
+
+
+@pytest.mark.parametrize("make", NAMES)
+def test_products_are_quantized_trained_and_copied(make: Callable[[], nn.Module]) -> None:
+    model, x = make(), torch.randn(2, 5, 6)
+    gm = prepare_saq(model, example_inputs=x)
+    names = {layer.name for _, layer in layers(gm)}
+    opened = {name for name in names if "scaled_dot_product_attention" in name}
+    assert names - opened == NAMES[make]
+    assert len(opened) == (0 if make is Chosen else 2)
+    assert precision_report(gm).quantized_share == 1
+    optimizer = SAQ(gm.train(), torch.optim.SGD(gm.parameters(), 0.01), period=2)
+    for _ in range(4):
+        assert torch.isfinite(optimizer.step(lambda: gm(x).square().sum()))
+    expected = gm.eval()(x)
+    for each in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert torch.equal(each(x), expected)
+        each.load_state_dict(gm.state_dict())
+    again = prepare_saq(model, example_inputs=x)
+    again.load_state_dict(gm.state_dict())
+    assert torch.equal(again.eval()(x), expected)
+
+
+def test_the_quantized_product_is_what_its_operands_make() -> None:
+    """A linear layer by function, of a weight of the module's own: the quantized operands, multiplied."""
+    model, x = Inline(), torch.randn(3, 6)
+    gm = prepare_saq(model, example_inputs=x, precision="W3A2")
+    linear = gm.get_submodule("linear")
+    assert torch.equal(gm(x), F.linear(x, linear.weight_quantizer(gm.weight)))  # the network's input is not quantized
+
+
+class Inline(nn.Module):
+    """One product with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y if y.sum() < 1e9 else -y
+
+
+def test_macs_are_those_of_all_calls() -> None:
+    """Five tokens of six channels; two steps of the loop; attention and scores over five tokens."""
+    gm = prepare_saq(Products(), example_inputs=torch.randn(1, 5, 6), precision=None)
+    macs = {layer.name: layer.macs for _, layer in layers(gm)}
+    expected = dict.fromkeys(("first", "linear", "uncalled", "einsum", "matmul_2"), 5 * 36)
+    expected |= {"matmul": 150, "matmul_1": 150, "baddbmm": 2 * 5 * 36, "scaled_dot_product_attention": 300}
+    assert macs == expected

@@ -82,16 +82,11 @@ def trace_symbolically(
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy; raises TracingError, saying why and what to do, for a model that has none."""
-    original: Any = Tensor.__deepcopy__
+    original: Callable[[Tensor, dict[int, Tensor]], Tensor] = Tensor.__deepcopy__
 
-    def __deepcopy__(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    def __deepcopy__(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
         # What an earlier call has left, and weights that hooks (weight_norm, spectral_norm, prune) make at each call.
-        copied: Tensor
-        if tensor.is_leaf:
-            copied = original(tensor, memo)
-        else:
-            copied = memo.setdefault(id(tensor), tensor.detach().clone())
-        return copied
+        return original(tensor, memo) if tensor.is_leaf else memo.setdefault(id(tensor), tensor.detach().clone())
 
     try:
         with replaced(Tensor, __deepcopy__=__deepcopy__):

@@ -3,7 +3,7 @@
 import itertools
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,7 @@ def flops_per_layer(gm: SaqGraphModule, x: Tensor) -> dict[str, int]:
     """FLOPs of each layer of a prepared graph and of its parts, each counted by a counter of its own."""
     flops: dict[str, int] = {}
 
-    def run(part: SaqGraphModule, node: fx.Node, compute: Callable[[], Any]) -> Any:
+    def run(part: SaqGraphModule, node: fx.Node, values: Mapping[fx.Node, Any], compute: Callable[[], Any]) -> Any:
         layer = annotation_of(node)
         if layer is None:
             return compute()

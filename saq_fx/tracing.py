@@ -8,7 +8,7 @@ where it steers an `if`, the model is traced in both modes and the two graphs ar
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType

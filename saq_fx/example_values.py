@@ -111,8 +111,12 @@ class ExampleValues:
         return source in self._inputs and not isinstance(self._values[source], Tensor)
 
     def forget(self, node: fx.Node) -> None:
-        """A node that is no longer in the graph."""
+        """Let go of a node that is no longer in the graph."""
         self._values.pop(node, None)
+
+    def clear(self) -> None:
+        """Let go of all values, which otherwise wait for the collection of the cycles that the tracer is part of."""
+        self._values.clear()
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":

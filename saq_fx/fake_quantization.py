@@ -5,7 +5,9 @@ levels, none of them zero, activations are unsigned. `lsq` and `lsq+` (LSQ, ICLR
 step, and offset, over integer levels with zero among them.
 """
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,10 +40,17 @@ def deviation(centered: Tensor) -> Tensor:
     return std.clamp_min(torch.finfo(centered.dtype).tiny)
 
 
+def with_signature(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps the signature that torch otherwise takes apart at every call, for longer than small tensors take."""
+    vars(forward)["__signature__"] = inspect.signature(forward)
+    return forward
+
+
 class ClipWeight(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(weight: Tensor, level: Tensor, bits: int) -> Tensor:
         steps = 2**bits - 1
         normalized = (weight / level).clamp_(-1, 1).add_(1).mul_(steps / 2).round_()
@@ -65,6 +74,7 @@ class ClipActivation(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(x: Tensor, level: Tensor, bits: int) -> Tensor:
         steps = 2**bits - 1
         return (x / level).clamp_(0, 1).mul_(steps).round_().div_(steps).mul_(level)
@@ -85,6 +95,7 @@ class Step(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(x: Tensor, step: Tensor, offset: Tensor | None, low: int, high: int) -> Tensor:
         shifted = x if offset is None else x - offset
         quantized = (shifted / step).round_().clamp_(low, high).mul_(step)

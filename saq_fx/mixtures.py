@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from saq_fx.errors import PrecisionError
-from saq_fx.fake_quantization import clip_activation, clip_weight, deviation, guarded, integer_range, lsq, lsq_plus
+from saq_fx.fake_quantization import (
+    clip_activation,
+    clip_weight,
+    deviation,
+    guarded,
+    integer_range,
+    lsq,
+    lsq_plus,
+    with_signature,
+)
 from saq_fx.precision import FLOAT_BITS
 from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
 
@@ -195,6 +204,7 @@ class _Mix(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         probabilities: Tensor,

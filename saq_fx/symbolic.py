@@ -85,6 +85,7 @@ class SymbolicTracer(GuardedTracer):
             return graph
         finally:
             self._attributes.restore(root)
+            self._examples.clear()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node of the graph."""

@@ -261,17 +261,21 @@ class _Splitter:
             return
         try:
             part = _accepting_all(module, calls)
-            if not _has_layers(part):
-                if has_weights(module):
-                    reason = f"{type(module).__name__} is not in the operator table; it stays in float"
-                    self.untraced.append((path, reason))
-                return
-            part.act_as(module)
+            is_part = _has_layers(part)
+            if is_part:
+                part.act_as(module)
         except TracingError as error:
             self.untraced.append((path, str(error)))
-            return
-        self.parts[module] = part
-        self.paths.append(path)
+            is_part = False
+        else:
+            if not is_part and has_weights(module):
+                reason = f"{type(module).__name__} is not in the operator table; it stays in float"
+                self.untraced.append((path, reason))
+        if is_part:
+            self.parts[module] = part
+            self.paths.append(path)
+        else:
+            remove_flags(module)
 
 
 def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:

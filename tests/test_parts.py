@@ -239,3 +239,46 @@ def test_parametrized_parts(normalize: Callable[[nn.Module], nn.Module]) -> None
         assert torch.equal(each(x), gm(x))
         assert isinstance(each.inner.layer, nn.Linear)
         assert torch.equal(each.inner.layer.weight, gm.inner.layer.weight)
+
+
+class Expert(nn.Module):
+    """Asks for the type of its input, and drops out between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.dropout, self.second = nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dropout(self.first(x))
+        return self.second(hidden if hidden.dtype == self.second.weight.dtype else hidden.double())
+
+
+class Choosing(nn.Module):
+    """Gives each sample to the expert that the sign of its first value says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Expert(), Expert()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            chosen = (x[:, 0] > 0) == bool(index)
+            if chosen.any():
+                result[chosen] = expert(x[chosen])
+        return result
+
+
+def test_experts_that_no_example_reaches_are_as_they_were() -> None:
+    """Nothing that capturing adds to their modules stays there."""
+    torch.manual_seed(0)
+    model, x = Choosing(), torch.randn(8, 6)
+    example = torch.cat([x[:, :1].abs(), x[:, 1:]], dim=1)
+    gm = prepare_saq(model, example_inputs=example, precision=None)
+    for mode in (True, False):
+        torch.manual_seed(1)
+        expected = model.train(mode)(x)
+        torch.manual_seed(1)
+        assert torch.equal(gm.train(mode)(x), expected)
+    left = {name for name, each in gm.named_modules() if type(each).__name__ == "TrainingFlag"}
+    assert not [name for name in left if name.count("training_flag") > 1]

@@ -61,7 +61,7 @@ class AnnotateLayers(Pass):
             measured = measure(gm, self.example_inputs, may_multiply, observers)
         calls = [call for call in calls if measured.unfit.keys().isdisjoint(call.operands)]
         _name(calls)
-        _part_clashing(calls)
+        _rename_clashing(calls)
         if self.observed is not None:
             self.observed.update({call.name: observers[call.node] for call in calls})
         groups = _choice_groups(calls)
@@ -184,7 +184,7 @@ def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str], sh
         _describe(part, calls, groups, shapes)
 
 
-def _part_clashing(calls: list[_Call]) -> None:
+def _rename_clashing(calls: list[_Call]) -> None:
     """Names operations of Python code by their graphs where another layer has the name of their weight."""
     counts = Counter(call.name for call in calls)
     for call in calls:

@@ -384,8 +384,7 @@ class _Search:
 
     def resume(self) -> None:
         """Goes on from what `save` wrote."""
-        path, optimizers = self.options.checkpoint or "", self.optimizers
-        values = load_state(path, self.gm, optimizers, self.generators, self.settings)
+        values = load_state(self.options.checkpoint or "", self.gm, self.optimizers, self.generators, self.settings)
         self.history = list(map(SearchStep.from_dict, values["history"]))
         for name in _VALUES:
             setattr(self, name, values[name])

@@ -222,6 +222,8 @@ class _Splitter:
         self.untraced: list[tuple[str, str]] = []
         self._calls, self._python = calls, set(python)
         self._done: set[nn.Module] = set()
+        products = [each for each in calls if isinstance(each, Product)]
+        self._multiplied = {id(weight) for product in products for weight in product.weights().values()}
 
     def split(self, holder: nn.Module, path: str) -> None:
         """Replaces the children of a module that stays Python code, or of a container in one."""
@@ -245,8 +247,7 @@ class _Splitter:
 
     def _is_read_by_products(self, module: nn.Module) -> bool:
         """Whether its weights are quantized where they are multiplied, and not where it would be called."""
-        read = {id(weight) for each in self._calls if isinstance(each, Product) for weight in each.weights().values()}
-        return any(id(parameter) in read for parameter in module.parameters())
+        return any(id(parameter) in self._multiplied for parameter in module.parameters())
 
     def _reaches_below(self, module: nn.Module) -> bool:
         return any(each in self._calls or each in self._python for each in module.modules())
@@ -261,21 +262,17 @@ class _Splitter:
             return
         try:
             part = _accepting_all(module, calls)
-            is_part = _has_layers(part)
-            if is_part:
+            if _has_layers(part):
                 part.act_as(module)
-        except TracingError as error:
-            self.untraced.append((path, str(error)))
-            is_part = False
-        else:
-            if not is_part and has_weights(module):
+                self.parts[module] = part
+                self.paths.append(path)
+                return
+            if has_weights(module):
                 reason = f"{type(module).__name__} is not in the operator table; it stays in float"
                 self.untraced.append((path, reason))
-        if is_part:
-            self.parts[module] = part
-            self.paths.append(path)
-        else:
-            remove_flags(module)
+        except TracingError as error:
+            self.untraced.append((path, str(error)))
+        remove_flags(module)  # it stays as it is, and so must be what tracing it has added
 
 
 def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:

@@ -19,15 +19,15 @@ from saq_fx.runtime import type_name
 def given(tracer: Any, proxy: Any, example: Any) -> Any:
     """What stands for an input, or for an item of one, whose value on the example inputs is `example`."""
     if example is None:
-        tracer.guard(proxy, "type", "NoneType")
+        tracer.guard(proxy.node, "type", "NoneType")
         return None
     if type(example) is dict and all(type(key) is str for key in example):
         return GivenDict(tracer, proxy, example)
     if isinstance(example, tuple | list):
         if not any(map(_is_opened, example)):
-            tracer.guard(proxy, "nones", [])
+            tracer.guard(proxy.node, "nones", [])
             return proxy
-        tracer.guard(proxy, "types", [type_name(each) for each in example])
+        tracer.guard(proxy.node, "types", [type_name(each) for each in example])
         items = [given(tracer, operator.getitem(proxy, index), each) for index, each in enumerate(example)]
         return type(example)._make(items) if hasattr(example, "_make") else type(example)(items)
     return _dataclass(tracer, proxy, example) if _is_opened(example) else proxy
@@ -45,7 +45,7 @@ def _is_opened(item: Any) -> bool:
 def _item(tracer: Any, item: Any, example: Any) -> Any:
     """An item that another input may have, or not."""
     if isinstance(example, Tensor):
-        tracer.guard(item, "type", "Tensor")
+        tracer.guard(item.node, "type", "Tensor")
     return given(tracer, item, example)
 
 
@@ -73,7 +73,7 @@ class GivenDict(dict[str, Any]):
     def __contains__(self, key: object) -> bool:
         is_in = key in self._example
         asked = self._tracer.create_proxy("call_function", operator.contains, (self._proxy, key), {})
-        self._tracer.guard(asked, "bool", is_in)
+        self._tracer.guard(asked.node, "bool", is_in)
         return is_in
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -82,7 +82,7 @@ class GivenDict(dict[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         keys = self._tracer.create_proxy("call_function", list, (self._proxy,), {})
-        self._tracer.guard(keys, "items", list(self._example))
+        self._tracer.guard(keys.node, "items", list(self._example))
         return iter(self._example)
 
     def __len__(self) -> int:

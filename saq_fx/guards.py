@@ -54,14 +54,11 @@ class GuardedTracer(fx.Tracer):
         if self._examples.is_computed(obj.node, kind):
             raise TracingError(f"control flow depends on {kind}({obj.node}), which the network computes")
         expected = CONCRETE[kind](value)
-        self._guard(obj.node, kind, expected)
+        self.guard(obj.node, kind, expected)
         return expected
 
-    def guard(self, obj: fx.Proxy, kind: str, expected: Any) -> None:
-        """Has inputs for which something else is asked of a proxy be an error."""
-        self._guard(obj.node, kind, expected)
-
-    def _guard(self, node: fx.Node, kind: str, expected: Any) -> None:
+    def guard(self, node: fx.Node, kind: str, expected: Any) -> None:
+        """Makes inputs an error for which a node has another length, type or whatever `kind` asks of it."""
         place = f"{self.scope.module_path or type(self.root).__name__}, {line_of_user()}"
         self.create_node("call_function", require_same_path, (node, kind, expected, place), {})
 
@@ -108,7 +105,7 @@ class GuardedTracer(fx.Tracer):
             raise TracingError(f"control flow depends on the type of {obj.node}: pass example_inputs to decide it")
         value = self.example(obj)
         if self._examples.may_change_type(obj.node):
-            self._guard(obj.node, "type", CONCRETE["type"](value))
+            self.guard(obj.node, "type", CONCRETE["type"](value))
         return value
 
     def may_vary(self, obj: fx.Proxy) -> bool:

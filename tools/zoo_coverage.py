@@ -3,17 +3,22 @@
 For each model: the way taken; the share of MACs that is quantized; whether the float graph equals the model bit for
 bit, outputs and gradients in both modes, on the example inputs and on inputs of another shape where the model takes
 them; whether a W4A4 forward and backward is finite; whether a deep copy, and a second model that loads the state dict,
-compute the same; seconds; what is left in float.
+compute the same; seconds of the whole check; what is left in float.
 
-`python tools/zoo_coverage.py [--out docs/coverage.md] [--only NAME ...] [--largest PARAMETERS]`
+`python tools/zoo_coverage.py [--only NAME ...] [--largest PARAMETERS]`
+
+Rows are kept in `benchmarks/coverage.json` as soon as they end. Models named by `--only` are checked again, of the
+others those that have no row yet; the page is made of all rows that are there.
 """
 
 import argparse
 import copy
 import gc
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +31,14 @@ from torch import Tensor, nn
 
 from saq_fx import precision_report, prepare_saq
 from saq_fx.errors import TracingError
+from saq_fx.precision import write_whole
 from saq_fx.tracing import split_inputs
 
 Maker = Callable[[], tuple[nn.Module, Any]]
-HEADERS = (
-    "model", "way", "MACs quantized, %", "float graph", "other shape", "W4A4", "deepcopy", "state dict", "seconds",
-    "left in float, or why not",
+Row = dict[str, Any]
+COLUMNS = (
+    "way", "MACs quantized, %", "float graph", "other shape", "W4A4", "deepcopy", "state dict", "seconds",
+    "left in float, or why not", "checked",
 )  # fmt: skip
 
 
@@ -101,36 +108,51 @@ def other_shape(model: nn.Module, gm: nn.Module, inputs: Any) -> str:
         return "refused"
 
 
-def check(name: str, make: Maker) -> tuple[Any, ...]:
+def check(make: Maker) -> Row:
     """One row of the table."""
-    torch.manual_seed(0)
     start = time.perf_counter()
-    model, inputs = make()
     try:
-        # Both before the model runs: some keep activations, with which they cannot be copied.
-        gm = prepare_saq(model, example_inputs=inputs, precision=None)
-        quantized = prepare_saq(model, example_inputs=inputs)
-        same = equality(model, gm, inputs)
-        other = other_shape(model, gm, inputs)
-        report = precision_report(quantized)
-        outputs, gradients = run(quantized.train(), inputs)
-        finite = all(bool(torch.isfinite(each).all()) for each in (*outputs, *gradients.values()))
-        expected = run(quantized.eval(), inputs)[0]
-        copied = copy.deepcopy(quantized)
-        copies = same_outputs(run(copied, inputs)[0], expected)
-        with torch.no_grad():
-            for parameter in copied.parameters():
-                parameter.add_(1)
-        copied.load_state_dict(quantized.state_dict())
-        loads = same_outputs(run(copied, inputs)[0], expected)
-        left = ", ".join(each for each, _ in report.uncounted)
-        share = f"{100 * report.quantized_share:.1f}"
-        seconds = time.perf_counter() - start
-        w4a4 = "finite" if finite else "not finite"
-        return name, report.tracing, share, same, other, w4a4, copies, loads, seconds, left
+        row = {**check_float(make), **check_quantized(make)}
     except Exception as error:  # a row that says so, whatever it is
         reason = str(error).replace("\n", " ").replace("|", "/")
-        return name, "failed", "", "", "", "", "", "", time.perf_counter() - start, reason[:200]
+        row = {"way": "failed", "left in float, or why not": reason[:200]}
+    return {**row, "seconds": round(time.perf_counter() - start, 1), "checked": str(date.today())}
+
+
+def check_float(make: Maker) -> Row:
+    """Whether the float graph is the model."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    gm = prepare_saq(model, example_inputs=inputs, precision=None)
+    return {"float graph": equality(model, gm, inputs), "other shape": other_shape(model, gm, inputs)}
+
+
+def check_quantized(make: Maker) -> Row:
+    """How much of the model is quantized, and what can be done with it then."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    gm = prepare_saq(model, example_inputs=inputs)
+    del model  # the largest ones do not fit into memory as often as would be needed
+    report = precision_report(gm)
+    outputs, gradients = run(gm.train(), inputs)
+    finite = all(bool(torch.isfinite(each).all()) for each in (*outputs, *gradients.values()))
+    expected = run(gm.eval(), inputs)[0]
+    gm.zero_grad()
+    del gradients
+    copied = copy.deepcopy(gm)
+    copies = same_outputs(run(copied, inputs)[0], expected)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(1)
+    copied.load_state_dict(gm.state_dict())
+    return {
+        "way": report.tracing,
+        "MACs quantized, %": f"{100 * report.quantized_share:.1f}",
+        "W4A4": "finite" if finite else "not finite",
+        "deepcopy": copies,
+        "state dict": same_outputs(run(copied, inputs)[0], expected),
+        "left in float, or why not": ", ".join(each for each, _ in report.uncounted),
+    }
 
 
 def same_outputs(outputs: list[Tensor], expected: list[Tensor]) -> str:
@@ -258,40 +280,55 @@ def parameters(name: str, make: Maker) -> int:
         return sum(each.numel() for each in make()[0].parameters())
 
 
+def page(rows: dict[str, Row], missing: list[str]) -> str:
+    """The rows as a markdown page."""
+    prepared = [row for row in rows.values() if row["way"] != "failed"]
+    exact = sum(row["float graph"] == "exact" for row in prepared)
+    table = tabulate(
+        [[name, *(row.get(column, "") for column in COLUMNS)] for name, row in rows.items()],
+        ("model", *COLUMNS),
+        tablefmt="pipe",
+        floatfmt=".1f",
+    )
+    return f"""# Which models are covered
+
+Written by `tools/zoo_coverage.py` on a CPU, in several runs, besides other work (torch {torch.__version__}, torchvision
+{torchvision.__version__}, timm {timm.__version__}, transformers {transformers.__version__}).
+
+{len(prepared)} of {len(rows)} models are prepared; the float graph of {exact} equals the model bit for bit, outputs in
+both modes and gradients. On inputs of another shape, some models do not run (not taken), others take another path
+through their code, which a guard of the graph turns into an error (refused). Seconds are of the whole check.
+
+{table}
+
+Not tried: {", ".join(missing) or "none"}.
+"""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=Path("benchmarks/coverage.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/coverage.md"))
     parser.add_argument("--only", nargs="+")
-    parser.add_argument("--largest", type=float, default=60e6, help="parameters of the largest model that is tried")
+    parser.add_argument("--largest", type=float, default=1e9, help="parameters of the largest model that is tried")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    rows, larger = [], []
+    found: dict[str, Row] = json.loads(options.rows.read_text()) if options.rows.exists() else {}
+    rows, missing = {}, []
     for source in (torchvision_models, smallest_of_each_timm_family, transformers_models):
         for name, make in source():
-            if options.only and name not in options.only:
-                continue
-            size = parameters(name, make)
-            if size > options.largest:
-                larger.append(name)
-                continue
-            rows.append(check(name, make))
-            print(*rows[-1], flush=True)
-            gc.collect()
-    good = [row for row in rows if row[1] != "failed"]
-    exact = sum(row[3] == "exact" for row in good)
-    summary = (
-        f"{len(good)} of {len(rows)} models are prepared; the float graph of {exact} equals the model bit for bit, "
-        "outputs in both modes and gradients. On inputs of another shape, some models do not run (not taken), "
-        "others take another path through their code, which a guard of the graph turns into an error (refused)."
-    )
-    table = tabulate(rows, HEADERS, tablefmt="pipe", floatfmt=".1f")
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
-    skipped = f"Not tried, for more than {options.largest:.0f} parameters: {', '.join(larger) or 'none'}."
-    head = "# Which models are covered\n\nWritten by `tools/zoo_coverage.py`"
-    options.out.write_text(
-        f"{head} on a CPU ({versions}transformers {transformers.__version__}).\n\n{summary}\n\n{table}\n\n{skipped}\n"
-    )
+            wanted = name in options.only if options.only else name not in found
+            if wanted and parameters(name, make) <= options.largest:
+                found[name] = check(make)
+                print(name, *found[name].values(), flush=True)
+                write_whole(options.rows, f"{json.dumps(found, indent=1)}\n".encode())
+                gc.collect()
+            if name in found:
+                rows[name] = found[name]
+            else:
+                missing.append(name)
+    write_whole(options.page, page(rows, missing).encode())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from saq_fx.graph import SaqGraphModule, attribute_at, called_module, graphs
 from saq_fx.modes import add_training_flag, flag_path
 from saq_fx.operators import operator_named, operator_of
 from saq_fx.pass_base import Pass, PassResult
-from saq_fx.rewriting import Tracer, as_proxies, replace_node
+from saq_fx.rewriting import Tracer, as_proxies, create_node, replace_node
 
 _CONVOLUTIONS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -134,7 +134,7 @@ class _Operands:
         return self._proxy("call_module", flag_path(str(self._node.target)))
 
     def _proxy(self, op: str, target: Any, args: tuple[Any, ...] = ()) -> fx.Proxy:
-        return fx.Proxy(self._node.graph.create_node(op, target, args), self._tracer)
+        return fx.Proxy(create_node(self._node.graph, op, target, args), self._tracer)
 
 
 def _expand_convolution(conv: Any, operands: _Operands) -> Any:

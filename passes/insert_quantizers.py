@@ -14,6 +14,7 @@ from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import LayerKey
 from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
 from saq_fx.recipe import Recipe
+from saq_fx.rewriting import create_node
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _insert(site: _Site, operand: int, name: str, quantizer: Quantizer) -> str:
     path = _quantizer_path(gm, site.name, name)
     gm.add_submodule(path, quantizer)
     with gm.graph.inserting_after(source) if name == "weight_quantizer" else gm.graph.inserting_before(node):
-        node.update_arg(operand, gm.graph.create_node("call_module", path, (source,)))
+        node.update_arg(operand, create_node(gm.graph, "call_module", path, (source,)))
     return path
 
 

@@ -11,6 +11,13 @@ from saq_fx.annotation import inherit_owner
 Tracer = fx.proxy.GraphAppendingTracer
 
 
+def create_node(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = ()) -> fx.Node:
+    """As `fx.Graph.create_node`, in half the time: that searches arguments for symbolic sizes, and targets for names."""
+    node = graph.create_node(op, target, name=target.replace(".", "_") if isinstance(target, str) else None)
+    node.args = args
+    return node
+
+
 def as_proxies(value: Any, tracer: Tracer) -> Any:
     """Nodes in nested arguments become proxies; one node is one proxy, so that `is` still tells equal operands."""
     proxies: dict[fx.Node, fx.Proxy] = {}

@@ -29,10 +29,11 @@ from saq_fx.places import place_and_cause
 from saq_fx.products import Product, add_products, remove_products
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.resizing import refusing_modules
-from saq_fx.shapes import interpreted, without_trace
+from saq_fx.shapes import does_not_run, interpreted, without_trace
 from saq_fx.tracing import (
     ExampleInputs,
     Inputs,
+    bound_arguments,
     copied,
     frozen_modes,
     modes_of,
@@ -131,8 +132,7 @@ def _capture_around(model: nn.Module, inputs: Inputs, reason: str, others: Seque
 
 def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     """A graph that runs the model's own forward; arguments whose defaults no graph can hold are left at them."""
-    graph, signature = fx.Graph(), inspect.signature(model.forward)
-    given = signature.bind_partial(*inputs[0], **inputs[1]).arguments
+    graph, signature, given = fx.Graph(), inspect.signature(model.forward), bound_arguments(model, inputs)
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     by_position = len(signature.parameters) if inspect.Parameter.VAR_POSITIONAL in kinds else len(inputs[0])
     positional: list[fx.Node] = []
@@ -199,9 +199,7 @@ def _record(model: nn.Module, python: Iterable[nn.Module], example: Inputs, othe
         with without_trace(model), without_fused_layers(), recorder.following(inputs):
             model(*args, **kwargs)
     except Exception as error:
-        raise TracingError(
-            f"{type(model).__name__} does not run on the example inputs: {place_and_cause(error)}"
-        ) from error
+        raise does_not_run(type(model).__name__, inputs, place_and_cause(error)) from error
     recorder.is_open = False
     # Code may hand on other arguments then, as in training, which parts must take, too.
     for other, modes in ((example, modes_of(model)[True]), *((other, {}) for other in others)):

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from saq_fx.annotation import LayerAnnotation, record_of
 from saq_fx.capture import capture
-from saq_fx.errors import CalibrationError, PassError, PrecisionError, SaqError
+from saq_fx.errors import CalibrationError, PassError, PrecisionError, SaqError, TracingError
 from saq_fx.fitting import Observed
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.pass_base import Pipeline, check_facts
@@ -21,10 +21,12 @@ from saq_fx.passes.canonicalize import Canonicalize
 from saq_fx.passes.fit_levels import FitLevels
 from saq_fx.passes.insert_quantizers import InsertQuantizers
 from saq_fx.passes.open_attention import OpenAttention
+from saq_fx.places import place_and_cause
 from saq_fx.precision import Policy, Precision
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
-from saq_fx.tracing import ExampleInputs
+from saq_fx.shapes import does_not_run, failure_of
+from saq_fx.tracing import ExampleInputs, copied, split_inputs
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def prepare_saq(
         recipe: how quantizers are made; the default suits the network (see `Recipe`).
 
     Raises:
-        TracingError: the model cannot be captured; names the module and the source line.
+        TracingError: the model cannot be captured, or does not run on the example; names the module and the line.
         PatternError: a policy's pattern matches no layer.
     """
     if not isinstance(model, nn.Module | ExportedProgram):
@@ -69,23 +71,38 @@ def prepare_saq(
     if record_of(gm).recipe is not None:
         raise SaqError("this graph is quantized already: use apply_policy to change its bits")
     if precision is None:
-        Pipeline((Canonicalize(), AnnotateLayers(example_inputs))).run(gm)
+        with _blaming(model, example_inputs):
+            Pipeline((Canonicalize(), AnnotateLayers(example_inputs))).run(gm)
         return gm
     _check_values(gm)
     recipe = recipe or Recipe()
     policy = precision if isinstance(precision, Policy) else Policy.uniform(precision)
     observed: Observed = {}
-    Pipeline(
-        (
-            Canonicalize(),
-            OpenAttention(),
-            AnnotateLayers(example_inputs, recipe.embeddings, observed),
-            AssignPrecision(policy, recipe.first_last),
-            InsertQuantizers(recipe),
-            FitLevels(observed),
-        )
-    ).run(gm)
+    passes = (
+        Canonicalize(),
+        OpenAttention(),
+        AnnotateLayers(example_inputs, recipe.embeddings, observed),
+        AssignPrecision(policy, recipe.first_last),
+        InsertQuantizers(recipe),
+        FitLevels(observed),
+    )
+    with _blaming(model, example_inputs):
+        Pipeline(passes).run(gm)
     return gm
+
+
+@contextmanager
+def _blaming(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None) -> Iterator[None]:
+    """Within: where the model itself does not run on the example either, the error is the model's."""
+    try:
+        yield
+    except TracingError as error:
+        if isinstance(model, nn.Module) and example_inputs is not None:
+            inputs = split_inputs(example_inputs)
+            failure = failure_of(copied(model), inputs)
+            if failure is not None:
+                raise does_not_run(type(model).__name__, inputs, place_and_cause(failure)) from error
+        raise
 
 
 def _check_values(gm: SaqGraphModule) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor, fx, nn
 
 from saq_fx.annotation import owner_path
 from saq_fx.errors import TracingError
-from saq_fx.graph import SaqGraphModule, without_fused_layers
+from saq_fx.graph import SaqGraphModule
 from saq_fx.nested import cloned, map_tensors
 from saq_fx.runtime import require_same_path
-from saq_fx.shapes import bind_inputs, interpreted, without_trace
+from saq_fx.shapes import bind_inputs, failure_of, interpreted, without_trace
 from saq_fx.tracing import Inputs
 
 _LONGER: tuple[Callable[[int], int], ...] = (lambda size: size * 3 // 2, lambda size: 2 * size, lambda size: size + 1)
@@ -27,7 +27,7 @@ def refusing_modules(gm: SaqGraphModule, model: nn.Module, inputs: Inputs) -> tu
     guards = [node for node in gm.graph.nodes if node.target is require_same_path]
     for resized in _resized(inputs) if guards else ():
         refusals = _refusals(gm, resized, guards[-1])
-        if refusals and _runs(model, resized):
+        if refusals and failure_of(model, resized) is None:
             first, problem = next(iter(refusals.items()))
             reason = f"the path through its code depends on the sizes of inputs: {problem}"
             asked = _asked(model, first)
@@ -67,16 +67,6 @@ def _refusals(gm: SaqGraphModule, inputs: Inputs, last: fx.Node) -> Mapping[fx.N
     except Exception:
         return found
     return found
-
-
-def _runs(model: nn.Module, inputs: Inputs) -> bool:
-    args, kwargs = cloned(inputs)
-    try:
-        with without_trace(model), without_fused_layers():
-            model(*args, **kwargs)
-    except Exception:
-        return False
-    return True
 
 
 def _resized(inputs: Inputs) -> Iterator[Inputs]:

@@ -14,12 +14,12 @@ from saq_fx.annotation import Shape, record_of
 from saq_fx.errors import TracingError
 from saq_fx.example_values import evaluation_flags
 from saq_fx.fitting import Observer
-from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_module, graphs
+from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_module, graphs, without_fused_layers
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in
 from saq_fx.state import unmoved
-from saq_fx.tracing import ExampleInputs, split_inputs
+from saq_fx.tracing import ExampleInputs, Inputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
 Watch = Callable[[SaqGraphModule, fx.Node], bool]
@@ -94,6 +94,23 @@ def without_trace(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for parameter, before in zip(parameters, saved, strict=True):
                 parameter.copy_(before)
+
+
+def failure_of(model: nn.Module, inputs: Inputs) -> Exception | None:
+    """What a model raises on inputs in evaluation mode, None where it runs."""
+    args, kwargs = cloned(inputs)
+    try:
+        with without_trace(model), without_fused_layers():
+            model(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+def does_not_run(name: str, inputs: Any, problem: str) -> TracingError:
+    """The error that says so of a model and its example inputs."""
+    shapes = [tuple(each.shape) for each in tensors_in(inputs)]
+    return TracingError(f"{name} does not run on the example inputs of shapes {shapes}: {problem}")
 
 
 @contextmanager
@@ -221,11 +238,8 @@ def _run(
             args, kwargs = cloned((args, dict(kwargs)))
             gm(*args, **kwargs)
     except Exception as error:
-        given = [tuple(each.shape) for each in tensors_in((args, kwargs))]
         where = ", ".join(getattr(error, "__notes__", ()))
-        raise TracingError(
-            f"the graph does not run on the example inputs of shapes {given}: {error} {where}".rstrip()
-        ) from error
+        raise does_not_run("the graph", (args, kwargs), f"{error} {where}".rstrip()) from error
     return measured
 
 

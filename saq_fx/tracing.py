@@ -123,16 +123,20 @@ class _Arguments:
         return SymbolicTracer(self.given, self.fixed, self.positional, leaves, forgotten)
 
 
+def bound_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Inputs by the names that `forward` gives them; raises TracingError where it takes none such."""
+    signature, (args, kwargs) = inspect.signature(model.forward), inputs
+    try:
+        return dict(signature.bind_partial(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise TracingError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+
+
 def _arguments(model: nn.Module, inputs: Inputs | None) -> _Arguments:
     signature = inspect.signature(model.forward)
     given: dict[str, Any] | None = None
     if inputs is not None:
-        args, kwargs = inputs
-        try:
-            given = dict(signature.bind_partial(*args, **kwargs).arguments)
-        except TypeError as error:
-            name = type(model).__name__
-            raise TracingError(f"example_inputs do not fit {name}.forward{signature}: {error}") from error
+        given = bound_arguments(model, inputs)
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})

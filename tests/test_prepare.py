@@ -427,3 +427,23 @@ def test_float_graph_is_the_detector(name: str) -> None:
     for found, expected in zip(gm(images), model(images), strict=True):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "problem"),
+    [
+        (
+            torch.zeros(2, 3, 32, 32),
+            r"not run on the example inputs of shapes \[\(2, 3, 32, 32\)\]: .*`\w.*`: Wrong image height! .* got 32!",
+        ),
+        ((torch.zeros(2, 3, 64, 64), None), r"do not fit VisionTransformer\.forward.*: too many positional"),
+        ({"image": torch.zeros(2, 3, 64, 64)}, r"do not fit VisionTransformer\.forward.*: .*keyword argument 'image'"),
+    ],
+)
+@pytest.mark.parametrize("precision", [None, "W4A4"])
+def test_examples_that_the_model_does_not_take_are_told_in_its_own_words(
+    inputs: Any, problem: str, precision: str | None
+) -> None:
+    model = torchvision.models.VisionTransformer(64, 32, 1, 2, 8, 16)
+    with pytest.raises(TracingError, match=problem):
+        prepare_saq(model, example_inputs=inputs, precision=precision)

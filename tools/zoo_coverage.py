@@ -165,14 +165,14 @@ def image_model(make: Callable[[], nn.Module], *shape: int) -> Maker:
 
 
 def torchvision_models() -> Iterator[tuple[str, Maker]]:
-    sizes = {"maxvit_t": 224, "inception_v3": 299, "vit_b_16": 224, "vit_b_32": 224, "vit_l_16": 224, "vit_l_32": 224}
+    sizes = {"maxvit_t": 224, "inception_v3": 299}
     for module in (torchvision.models, torchvision.models.segmentation, torchvision.models.video):
         for name in torchvision.models.list_models(module=module):
             options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
             if module is torchvision.models.segmentation:
                 options["weights_backbone"] = None
             video = module is torchvision.models.video
-            size = sizes.get(name, 64)
+            size = sizes.get(name, 224 if name.startswith("vit") else 64)
             shape = (1, 3, 16, 224, 224) if name.startswith(("mvit", "swin3d", "s3d")) else (1, 3, 16, 112, 112)
             shape = shape if video else (2, 3, size, size)
             yield (

@@ -20,10 +20,9 @@ from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import Budget
 from saq_fx.resume import Generators, load_state, save_state
 from saq_fx.sharpness import curvature
-from saq_fx.tracing import ExampleInputs, split_inputs
+from saq_fx.tracing import Batch, ExampleInputs, split_batch, split_inputs
 from saq_fx.two_passes import TwoPasses
 
-Batch = tuple[ExampleInputs, Any]
 LossFunction = Callable[[Any, Any], Tensor]
 
 MOMENTUM = 0.9  # of the weights' SGD
@@ -160,11 +159,6 @@ class SearchAsga(Pass):
             ("damping", 0 <= self.damping < math.inf, "0 or a positive number"),
             ("final_temperature", 0 < self.final_temperature < math.inf, "a positive number"),
             ("checkpoint_steps", self.checkpoint_steps >= 1, "at least one"),
-            (
-                "checkpoint",
-                self.checkpoint is None or Path(self.checkpoint).parent.is_dir(),
-                "a file in a folder that exists",
-            ),
         ):
             if not valid:
                 raise TrainingError(f"{name} of a search is {getattr(self, name)!r}: give {form}")
@@ -209,7 +203,7 @@ class SearchAsga(Pass):
         while search.done < search.steps:
             before = search.round_start
             for batch in search.round_of(self.batches):
-                yield batch
+                yield split_batch(batch)
                 if search.done == search.steps:
                     return
             if search.done == before:

@@ -32,11 +32,10 @@ from saq_fx.quantizers import Quantizer
 from saq_fx.report import precision_report
 from saq_fx.resume import Generators, differences
 from saq_fx.shapes import evaluating
-from saq_fx.tracing import ExampleInputs, split_inputs
+from saq_fx.tracing import Batch, ExampleInputs, split_batch, split_inputs
 from saq_fx.training import SAQ
 from saq_fx.training_recipe import TrainingRecipe
 
-Batch = tuple[ExampleInputs, Any]
 _PARTS = {"identity", "step", "model", "optimizer", "schedule", "scaler", "random"}
 _LOWER_TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,7 +111,7 @@ class TrainSaq(Pass):
         run.train()
         Pipeline((RemovePerturbations(),)).run(gm)
         if self.recipe.reestimation_batches:
-            inputs = (_pair(batch)[0] for batch in islice(self.batches, self.recipe.reestimation_batches))
+            inputs = (split_batch(batch)[0] for batch in islice(self.batches, self.recipe.reestimation_batches))
             ReestimateBatchNorm(inputs).run(gm)
         if run.accelerator.is_main_process and FACTS["shapes"](gm) is None:
             print(precision_report(gm))
@@ -156,7 +155,7 @@ class _Run:
             raise TrainingError("several processes share out the batches of a DataLoader, which batches is not")
         from accelerate.utils import send_to_device
 
-        inputs, _ = _pair(send_to_device(next(iter(self.options.batches)), self.device))
+        inputs, _ = split_batch(send_to_device(next(iter(self.options.batches)), self.device))
         args, kwargs = split_inputs(inputs)
         with evaluating(self.gm):
             self.gm(*args, **kwargs)
@@ -226,7 +225,7 @@ class _Run:
                 if batch is None or too_many:
                     given = f"more than {per_epoch}" if too_many else index
                     raise TrainingError(f"batches has length {per_epoch}, but gave {given} in an epoch")
-                yield _pair(send_to_device(batch, self.device))
+                yield split_batch(send_to_device(batch, self.device))
 
     def _train_step(self, inputs: ExampleInputs, targets: Any) -> Tensor:
         loss = self.optimizer.step(self._loss, inputs, targets, self._teach(inputs))
@@ -299,7 +298,6 @@ class _Run:
         }
         file = io.BytesIO()
         torch.save(state, file)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._file, file.getvalue())
 
     def resume(self) -> None:
@@ -328,15 +326,6 @@ class _Run:
         if self.step >= len(self.batches) and getattr(self.batches, "persistent_workers", False):
             next(iter(self.batches))  # workers that persist take a seed in the first epoch only
         self.generators.restore(current)
-
-
-def _pair(batch: Any) -> Batch:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        found = f"{len(batch)} of them" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise TrainingError(
-            f"batches must give pairs (inputs, targets), not {found}: wrap the loader, or its collate_fn"
-        )
-    return batch[0], batch[1]
 
 
 def _accelerator() -> Any:

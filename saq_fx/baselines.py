@@ -12,11 +12,11 @@ from saq_fx.errors import TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.passes.relax_precision import CANDIDATES
-from saq_fx.passes.search_asga import Batch, LossFunction
+from saq_fx.passes.search_asga import LossFunction
 from saq_fx.search import Candidates, SearchSpace, relaxation
 from saq_fx.search_result import Budgets, SearchResult
 from saq_fx.shapes import evaluating
-from saq_fx.tracing import split_inputs
+from saq_fx.tracing import Batch, split_batch, split_inputs
 
 _USED = 0.95  # of a budget: more bits than that are left to chance
 
@@ -35,7 +35,7 @@ def measure_sensitivity(
     batches are iterated once for each candidate of each operand.
     """
     space = SearchSpace(gm, budget, candidates)
-    batches = list(batches)
+    batches = list(map(split_batch, batches))
     if not batches:
         raise TrainingError("sensitivity is measured on batches, and there are none: pass at least one")
 

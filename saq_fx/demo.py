@@ -45,7 +45,6 @@ def run_demo(folder: Path, *, quick: bool = False, seed: int = 0) -> list[Result
     Args:
         quick: a tenth of the training, to see that everything runs; the accuracies then mean nothing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # tensors this small only lose by being shared out
     training, test = digits(_TRAINING_IMAGES)

@@ -193,8 +193,12 @@ class Policy(Mapping[str, Precision]):
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary file in the same folder, which then takes its name."""
+    """Write a file whole or not at all: to a temporary file in the same folder, which then takes its name.
+
+    A folder that does not exist is made: what took hours to compute is not lost for want of one.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from saq_fx.annotation import copy_record, update_record
-from saq_fx.errors import TracingError
+from saq_fx.errors import TracingError, TrainingError
 from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
@@ -33,6 +33,7 @@ from saq_fx.symbolic import SymbolicTracer
 
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Batch = tuple[ExampleInputs, Any]
 
 
 def split_inputs(example_inputs: ExampleInputs) -> Inputs:
@@ -42,6 +43,16 @@ def split_inputs(example_inputs: ExampleInputs) -> Inputs:
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
     return (example_inputs,), {}
+
+
+def split_batch(batch: Any) -> tuple[ExampleInputs, Any]:
+    """A batch as (inputs, targets); raises TrainingError for anything but a pair."""
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        found = f"{len(batch)} of them" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TrainingError(
+            f"batches must give pairs (inputs, targets), not {found}: wrap the loader, or its collate_fn"
+        )
+    return batch[0], batch[1]
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:

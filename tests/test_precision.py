@@ -168,6 +168,12 @@ def test_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "first" / "policy.json"
+    Policy.uniform("W4A4").save(path)
+    assert Policy.load(path) == Policy.uniform("W4A4")
+
+
 def test_saved_file_has_the_usual_permissions(tmp_path: Path) -> None:
     usual = tmp_path / "usual"
     usual.touch()

@@ -233,6 +233,10 @@ def test_bad_arguments_are_named(gm: Any) -> None:
         search_precision(gm, batches(), F.cross_entropy, budget="avg4", candidates={"wieght": (2, 4)})
     with pytest.raises(TrainingError, match="ran out after 4 of 5 steps"):
         search_precision(gm, iter(batches()), F.cross_entropy, budget="avg4", steps=5)
+    with pytest.raises(TrainingError, match=r"pairs \(inputs, targets\), not Tensor"):
+        search_precision(gm, [torch.randn(2, 3)], F.cross_entropy, budget="avg4")
+    with pytest.raises(TrainingError, match=r"pairs \(inputs, targets\), not 3 of them"):
+        measure_sensitivity(gm, [(torch.randn(2, 3),) * 3], F.cross_entropy, budget="avg4")
     with pytest.raises(TrainingError, match="there are none"):
         measure_sensitivity(gm, [], F.cross_entropy, budget="avg4")
     for candidates in (4, "24", {"weight": 4}, (2, 2.5)):

@@ -319,7 +319,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("benchmarks"))
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # tensors this small only lose by being shared out
     for name in arguments.networks:
         Bench(name, Results.read(arguments.folder / f"saq_{name}.json")).run(arguments.seeds)

@@ -504,11 +504,6 @@ def test_settings_that_make_no_sense_are_named(name: str, value: Any) -> None:
         SearchAsga([], F.cross_entropy, (Budget.ratio(0.2),), **{name: value})
 
 
-def test_a_checkpoint_without_a_folder_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="a file in a folder that exists"):
-        SearchAsga([], F.cross_entropy, (Budget.ratio(0.2),), checkpoint=tmp_path / "absent" / "state.pt")
-
-
 def test_bits_alone_are_searched_where_everything_is_frozen() -> None:
     gm = small_resnet().requires_grad_(False)
     for choice in choices(gm):

@@ -9,7 +9,7 @@
 
 import copy
 import inspect
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -181,7 +181,8 @@ def _capture_parts(
     for path, module in list(model.named_modules()):
         if module in reasons:
             splitter.split(module, path)
-            splitter.add_products(module, gm if module is model else module, path)
+            listed = {name.rpartition(".")[2] for name, owner in recorder.operations.items() if owner is module}
+            splitter.add_products(module, gm if module is model else module, path, listed)
     _place(splitter.parts, recorder.calls)
     for name, owner in recorder.operations.items():
         splitter.untraced.append((name, f"runs in Python code that cannot be traced, {reasons[owner]}"))
@@ -236,10 +237,10 @@ class _Splitter:
             elif child not in self._calls:
                 self.split(child, join_path(path, name))
 
-    def add_products(self, module: nn.Module, holder: nn.Module, path: str) -> None:
+    def add_products(self, module: nn.Module, holder: nn.Module, path: str, listed: Collection[str]) -> None:
         """Makes parts of the products that the module's own code computes; `holder` is what is left of the module."""
         found = [each for each in self._calls if isinstance(each, Product) and each.module is module]
-        for product, (name, part) in add_products(module, holder, found).items() if found else ():
+        for product, (name, part) in add_products(module, holder, found, listed).items() if found else ():
             self.parts[product] = part
             self.paths.append(join_path(path, name))
 

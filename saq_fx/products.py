@@ -6,8 +6,9 @@ every pass finds it as it finds any other part.
 """
 
 import sys
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FrameType
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from saq_fx.annotation import update_record
 from saq_fx.graph import ROUTED, SaqGraphModule, attribute_at, unused_path
 from saq_fx.operators import Operator, operator_called
-from saq_fx.places import is_library
+from saq_fx.places import is_library, line_of_user
 
 CALLER = "caller"
 """The attribute by which the graph of a product finds the module whose code computes it."""
@@ -125,7 +126,7 @@ def _place(frame: FrameType | None, module: nn.Module) -> Place | None:
 
 
 def add_products(
-    module: nn.Module, holder: nn.Module, products: list[Product]
+    module: nn.Module, holder: nn.Module, products: list[Product], listed: Collection[str]
 ) -> dict[Product, tuple[str, SaqGraphModule]]:
     """Gives each product a graph, a child of the module, and has calls of the module's code routed to them.
 
@@ -133,6 +134,7 @@ def add_products(
         module: its code stays Python.
         holder: what is left of it: the module, or the graph around it.
         products: of this module.
+        listed: operations of its code that are known to stay in float.
 
     Returns:
         Each product's name as a child, and its graph.
@@ -144,7 +146,7 @@ def add_products(
         holder.add_module(name, part)
         added[product] = name, part
         table[product.place, product.operation.name].append((name, product.args, product.kwargs))
-    vars(holder)[ROUTED] = Routed(dict(table))
+    vars(holder)[ROUTED] = Routed(dict(table), frozenset(listed))
     if holder is module:
         vars(module)["forward"] = partial(vars(holder)[ROUTED], module)
     return added
@@ -188,22 +190,23 @@ class Routed:
 
     Args:
         table: place and operation -> name of the child and arguments of each product there.
+        listed: operations that stay in float without a warning.
     """
 
-    def __init__(self, table: _Table) -> None:
-        self.table = table
+    def __init__(self, table: _Table, listed: frozenset[str]) -> None:
+        self.table, self.listed = table, listed
 
     def __call__(self, model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """Runs the forward of the model's class."""
-        return _not_compiled()(model, self.table, args, kwargs)
+        return _not_compiled()(model, self, args, kwargs)
 
     def names(self) -> list[str]:
         """Those of all children that are called."""
         return [name for calls in self.table.values() for name, _, _ in calls]
 
 
-def _run(model: nn.Module, table: _Table, args: Any, kwargs: Any) -> Any:
-    with _Routing(model, table):
+def _run(model: nn.Module, routed: Routed, args: Any, kwargs: Any) -> Any:
+    with _Routing(model, routed):
         return type(model).forward(model, *args, **kwargs)
 
 
@@ -216,9 +219,9 @@ def _not_compiled() -> Any:
 class _Routing(TorchFunctionMode):
     """While entered, operations that the code of a module calls at known places are calls of its children."""
 
-    def __init__(self, module: nn.Module, table: _Table) -> None:
+    def __init__(self, module: nn.Module, routed: Routed) -> None:
         super().__init__()
-        self._module, self._table = module, table
+        self._module, self._routed = module, routed
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -226,14 +229,21 @@ class _Routing(TorchFunctionMode):
         """Runs the graph of a product, or the function itself."""
         kwargs = kwargs or {}
         entry = operator_called(func)
-        if entry is not None:
-            place = _place(sys._getframe(1), self._module)
-            for name, positional, named in self._table.get((place, entry.name), ()) if place is not None else ():
-                tensors = self._tensors(
-                    (*positional, *(each for _, each in named)), (*_flat(entry, args), *kwargs.values())
-                )
-                if tensors is not None and [key for key, _ in named] == list(kwargs):
-                    return self._module.get_submodule(name)(*tensors)
+        place = None if entry is None or entry.name == "embedding" else _place(sys._getframe(1), self._module)
+        if entry is None or place is None:
+            return func(*args, **kwargs)
+        for name, positional, named in self._routed.table.get((place, entry.name), ()):
+            tensors = self._tensors(
+                (*positional, *(each for _, each in named)), (*_flat(entry, args), *kwargs.values())
+            )
+            if tensors is not None and [key for key, _ in named] == list(kwargs):
+                return self._module.get_submodule(name)(*tensors)
+        if entry.name not in self._routed.listed:
+            warnings.warn(
+                f"{type(self._module).__name__} calls {entry.name} at {line_of_user()} as it did not on the example "
+                "inputs: this call is neither quantized nor counted. Prepare the model with an example that reaches it",
+                stacklevel=2,
+            )
         return func(*args, **kwargs)
 
     def _tensors(self, expected: tuple[Any, ...], given: tuple[Any, ...]) -> list[Tensor] | None:

@@ -1,6 +1,7 @@
 """Products that code computes which stays Python: each is a layer with quantizers, and the function stays the same."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 
@@ -138,3 +139,27 @@ def test_macs_are_those_of_all_calls() -> None:
     expected = dict.fromkeys(("first", "linear", "uncalled", "einsum", "matmul_2"), 5 * 36)
     expected |= {"matmul": 150, "matmul_1": 150, "baddbmm": 2 * 5 * 36, "scaled_dot_product_attention": 300}
     assert macs == expected
+
+
+class Forked(nn.Module):
+    """Which of two weights it multiplies, and where, the values decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = self.experts[int(x.mean() > 1)]
+        x = F.linear(self.first(x), expert.weight)
+        return x @ x.transpose(-2, -1) if x.shape[1] > 5 and x.abs().sum() < 0 else x
+
+
+def test_a_product_that_the_example_did_not_reach_is_told() -> None:
+    model = Forked().eval()
+    gm = prepare_saq(model, example_inputs=torch.zeros(2, 5, 6), precision=None)
+    assert torch.equal(gm(torch.ones(2, 5, 6)), model(torch.ones(2, 5, 6)))
+    line = rf"{__file__}:{inspect.getsourcelines(Forked)[1] + 10}"
+    with pytest.warns(UserWarning, match=rf"Forked calls linear at {line} as it did not on the example"):
+        output = gm(torch.full((2, 5, 6), 2.0))
+    assert torch.equal(output, model(torch.full((2, 5, 6), 2.0)))

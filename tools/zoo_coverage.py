@@ -171,10 +171,8 @@ def torchvision_models() -> Iterator[tuple[str, Maker]]:
             options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
             if module is torchvision.models.segmentation:
                 options["weights_backbone"] = None
-            video = module is torchvision.models.video
-            size = sizes.get(name, 224 if name.startswith("vit") else 64)
-            shape = (1, 3, 16, 224, 224) if name.startswith(("mvit", "swin3d", "s3d")) else (1, 3, 16, 112, 112)
-            shape = shape if video else (2, 3, size, size)
+            size = sizes.get(name, 224 if name.startswith(("vit", "mvit", "s3d")) else 64)
+            shape = (1, 3, 16, size, size) if module is torchvision.models.video else (2, 3, size, size)
             yield (
                 name,
                 image_model(lambda n=name, o=options: torchvision.models.get_model(n, weights=None, **o), *shape),

@@ -42,3 +42,8 @@ class CheckpointError(SaqError, RuntimeError):
 
 class MissingExtraError(SaqError, ImportError):
     """An optional dependency that is not installed; the message names the extra to install."""
+
+
+def with_notes(error: BaseException) -> str:
+    """An error's message, and the notes that were added on its way."""
+    return " ".join((str(error) or type(error).__name__, *getattr(error, "__notes__", ())))

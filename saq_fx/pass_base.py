@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import fx
 
 from saq_fx.annotation import record_of
-from saq_fx.errors import PassError, SaqError
+from saq_fx.errors import PassError, SaqError, with_notes
 from saq_fx.graph import SaqGraphModule, graphs, layers
 
 
@@ -150,6 +150,6 @@ def _run_checked(each: Pass, gm: SaqGraphModule, description: str) -> PassResult
     except SaqError:
         raise
     except Exception as error:
-        raise PassError(f"pass {description} failed: {error}") from error
+        raise PassError(f"pass {description} failed: {with_notes(error)}") from error
     check_facts(result.graph_module, each.gives, f"after {description}")
     return result

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from saq_fx.annotation import Shape, record_of
-from saq_fx.errors import TracingError
+from saq_fx.errors import TracingError, with_notes
 from saq_fx.example_values import evaluation_flags
 from saq_fx.fitting import Observer
 from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_module, graphs, without_fused_layers
@@ -238,8 +238,7 @@ def _run(
             args, kwargs = cloned((args, dict(kwargs)))
             gm(*args, **kwargs)
     except Exception as error:
-        where = ", ".join(getattr(error, "__notes__", ()))
-        raise does_not_run("the graph", (args, kwargs), f"{error} {where}".rstrip()) from error
+        raise does_not_run("the graph", (args, kwargs), with_notes(error)) from error
     return measured
 
 

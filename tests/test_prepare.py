@@ -320,6 +320,8 @@ def test_errors_name_what_is_wrong() -> None:
         prepare_saq(gm, example_inputs=inputs)
     with pytest.raises(CalibrationError, match="no batches"):
         calibrate(gm, [])
+    with pytest.raises(PassError, match=r"to have 3 channels, but got 5 channels.* while computing %conv2d"):
+        calibrate(gm, [torch.randn(2, 5, 4, 4)])
     with pytest.raises(CalibrationError, match=r"block\.input_quantizer"):
         calibrate(gm, [torch.full_like(inputs, float("nan"))])
     with pytest.raises(PassError, match="precision=None"):

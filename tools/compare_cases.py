@@ -70,12 +70,12 @@ def compare(gm: SaqGraphModule, training: Images, rho: float) -> dict[str, float
 def rows(name: str, folder: Path, seeds: int) -> list[tuple[str, ...]]:
     """A row for each bit-width: mean and standard deviation over the seeds."""
     bench = Bench(name, Results.read(folder / f"saq_{name}.json"))
-    training, (flat, chosen) = bench.images()[0], bench.chosen()
+    training, chosen = bench.images()[0], bench.chosen()
     table = []
     for bits, (lr, rho) in chosen.items():
         runs = []
         for seed in range(seeds):
-            gm, _ = bench.quantized(bits, lr, rho, seed, flat, METHODS["case 2"])
+            gm, _ = bench.quantized(bits, lr, rho, seed, METHODS["case 2"])
             runs.append(compare(gm, training, rho))
             print(name, bits, seed, runs[-1], flush=True)
         values = [mean_and_deviation((run[key] for run in runs), 3) for key in runs[0]]

@@ -64,9 +64,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+FLOAT, FLAT = "float", "float, by SAM"
+
+
 @dataclass(frozen=True)
 class Setting:
-    """A network, and how it is trained in float and in low precision."""
+    """A network, how it is trained in float and in low precision, and what the table says of it."""
 
     make: Callable[[], nn.Module]
     images: int
@@ -76,6 +79,8 @@ class Setting:
     rates: tuple[float, ...]
     epochs: int
     radii: tuple[float, ...]
+    bits: tuple[str, ...] = BITS
+    methods: tuple[str, ...] = (FLOAT, FLAT, *METHODS)
 
 
 def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -90,11 +95,13 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 CNN_RADII = (0.1, 0.3, 0.5, 1.0)
 VIT_RADII = (0.02, 0.05, 0.1, 0.3)
+LONG = ("plain QAT", "plain QAT, twice the learning rate", "case 3")
 VIT_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SETTINGS = {
     "resnet": Setting(SmallResNet, 300, sgd, (0.1,), 40, (0.02,), 40, CNN_RADII),
     "mobilenet": Setting(SmallMobileNet, 300, sgd, (0.1,), 40, (0.02,), 40, CNN_RADII),
     "vit": Setting(SmallViT, 700, adamw, VIT_RATES, 40, VIT_RATES, 40, VIT_RADII),
+    "vit_long": Setting(SmallViT, 700, adamw, (8e-3,), 40, (8e-3,), 160, (0.1, 0.3), ("W2A2",), LONG),
 }
 
 
@@ -161,13 +168,13 @@ class Bench:
         return accuracy(model, self.images()[1].batches(BATCH))
 
     def quantized(
-        self, bits: str, lr: float, rho: float, seed: int, flat: float, options: dict[str, Any]
+        self, bits: str, lr: float, rho: float, seed: int, options: dict[str, Any]
     ) -> tuple[SaqGraphModule, dict[str, float]]:
         """A quantized model, trained, and what its training took."""
         options = dict(options)
         rho *= options.pop("radius_factor", 1)
         lr *= options.pop("lr_factor", 1)
-        model = self.float_model(seed, self.float_lr, flat if options.pop("flat_start", False) else 0.0)
+        model = self.float_model(seed, self.float_lr, self.flat if options.pop("flat_start", False) else 0.0)
         training, reduction = self.images()[0], options.pop("reduction", "mean")
         gm = prepare_saq(copy.deepcopy(model).train(), example_inputs=training.x[:256], precision=bits)
         optimizer = SAQ(gm, self.setting.optimizer(gm, lr), rho, **options)
@@ -186,26 +193,33 @@ class Bench:
             found[value] = statistics.mean(run["accuracy"] for run in runs)
         return max(found, key=lambda value: found[value])
 
-    def chosen(self) -> tuple[float, dict[str, tuple[float, float]]]:
-        """The radius of training in float; the learning rate and the radius at each width."""
+    @functools.cached_property
+    def flat(self) -> float:
+        """The radius of training in float."""
+        return self.best(
+            "float", self.setting.radii, lambda rho, s: self.choosing(self.float_model(s, self.float_lr, rho))
+        )
+
+    def chosen(self) -> dict[str, tuple[float, float]]:
+        """The learning rate and the radius at each width."""
         setting = self.setting
-        flat = self.best("float", setting.radii, lambda rho, s: self.choosing(self.float_model(s, self.float_lr, rho)))
         chosen = {}
-        for bits in BITS:
+        for bits in setting.bits:
 
             def after(lr: float, rho: float, seed: int, options: dict[str, Any], bits: str = bits) -> float:
-                return self.choosing(self.quantized(bits, lr, rho, seed, 0.0, options)[0])
+                return self.choosing(self.quantized(bits, lr, rho, seed, options)[0])
 
             lr = self.best(f"{bits} rate", setting.rates, lambda lr, s: after(lr, 0.0, s, METHODS["plain QAT"]))
             chosen[bits] = lr, self.best(bits, setting.radii, lambda rho, s, lr=lr: after(lr, rho, s, EVERY_STEP))  # type: ignore[misc]
-        return flat, chosen
+        return chosen
 
     def run(self, seeds: int) -> None:
         """All methods, bit-widths and seeds."""
         training, _, test = self.images()
-        flat, chosen = self.chosen()
+        methods, chosen = self.setting.methods, self.chosen()
         for seed in range(seeds):
-            for rho, name in ((0.0, "float"), (flat, "float, by SAM")):
+            for name in (each for each in (FLOAT, FLAT) if each in methods):
+                rho = self.flat if name == FLAT else 0.0
                 self.results.get(
                     f"{name}||{rho}|{seed}",
                     lambda r=rho, s=seed: {  # type: ignore[misc]
@@ -213,11 +227,11 @@ class Bench:
                     },
                 )
             for bits, (lr, rho) in chosen.items():
-                for method, options in METHODS.items():
+                for method, options in ((each, METHODS[each]) for each in methods if each in METHODS):
                     self.results.get(
                         f"{method}|{bits}|{rho}|{seed}",
                         lambda b=bits, lr=lr, r=rho, o=options, s=seed: measured(  # type: ignore[misc]
-                            *self.quantized(b, lr, r, s, flat, o), training, test
+                            *self.quantized(b, lr, r, s, o), training, test
                         ),
                     )
 
@@ -301,7 +315,7 @@ def table(results: Results) -> str:
 
 def position(key: str) -> int:
     """A run's place in the table."""
-    order = ["choosing", "float", "float, by SAM", *METHODS]
+    order = ["choosing", FLOAT, FLAT, *METHODS]
     return order.index(key.split("|")[0])
 
 
@@ -334,7 +348,8 @@ def main() -> None:
     for name, setting in SETTINGS.items():
         results = Results.read(arguments.folder / f"saq_{name}.json")
         if results.runs:
-            parts += [f"## {setting.make.__name__}, {setting.images} training images", "", table(results), ""]
+            title = f"{setting.make.__name__}, {setting.images} training images, {setting.epochs} epochs"
+            parts += [f"## {title}", "", table(results), ""]
     write_whole(arguments.folder / "saq.md", "\n".join(parts).encode())
 
 

@@ -85,7 +85,8 @@ def is_mask(value: Any) -> bool:
     """Whether a value holds what masks are filled with, minus infinity or near to it: there is no level for that."""
     if not (isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided):
         return False
-    return value.numel() > 0 and bool(value.min() <= torch.finfo(value.dtype).min / 2)
+    has_values = value.numel() > 0 and not value.is_meta
+    return has_values and bool(value.min() <= torch.finfo(value.dtype).min / 2)
 
 
 @contextmanager

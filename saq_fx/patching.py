@@ -131,7 +131,7 @@ def _recording_functions(tracer: Any) -> Iterator[None]:
             return own(*args)
         return apply(cls, *(args[1:] if isinstance(args[0], FunctionCtx) else args))
 
-    meta.__getattribute__ = attribute  # type: ignore[method-assign, assignment]
+    meta.__getattribute__ = attribute  # type: ignore[method-assign]
     try:
         with replaced(torch.autograd.Function, apply=classmethod(apply)):
             yield

@@ -185,11 +185,14 @@ def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str], sh
 
 
 def _rename_clashing(calls: list[_Call]) -> None:
-    """Names operations of Python code by their graphs where another layer has the name of their weight."""
+    """Names operations of Python code by their graphs where another layer has the name of their weight, or theirs."""
     counts = Counter(call.name for call in calls)
-    for call in calls:
-        if record_of(call.graph_module).is_operation and counts[call.name] > 1:
-            call.name = call.path
+    clashing = [call for call in calls if record_of(call.graph_module).is_operation and counts[call.name] > 1]
+    taken = {call.name for call in calls if call not in clashing}
+    for call in clashing:
+        names = (call.path, join_path(call.path, call.node.name))
+        call.name = next((each for each in names if each not in taken), names[-1])
+        taken.add(call.name)
 
 
 def _name(calls: list[_Call]) -> None:

@@ -229,8 +229,8 @@ class _Splitter:
         for name, child in list(holder._modules.items()):
             if child is None or child in self._python:
                 continue
-            is_part = child in self._calls or not (self._reaches_below(child) or self._is_read_by_products(child))
-            if child not in self._done and is_part:
+            is_left = not (_is_container(child) or self._reaches_below(child) or self._is_read_by_products(child))
+            if child not in self._done and (child in self._calls or is_left):
                 self._capture_part(child, join_path(path, name))
             if child in self.parts:
                 holder._modules[name] = self.parts[child]
@@ -292,6 +292,11 @@ def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
 
 def _passes_none(inputs: Inputs) -> bool:
     return any(each is None for each in (*inputs[0], *inputs[1].values()))
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module holds others and cannot be called itself."""
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _has_layers(gm: SaqGraphModule) -> bool:

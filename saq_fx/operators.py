@@ -247,11 +247,20 @@ def operator_of(node: fx.Node) -> Operator | None:
     return None
 
 
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node multiplies, if it calls an operation of the table."""
+    entry = operator_of(node)
+    if entry is None:
+        return []
+    operands = (node.args[i] for i in (entry.activation, entry.weight) if i < len(node.args))
+    return [each for each in operands if isinstance(each, fx.Node)]
+
+
 def arithmetic_called(function: Callable[..., Any]) -> str | None:
-    """The name of what a function or a method of tensors does, if that has multiply-adds or an entry in the table."""
+    """The name of what a function or a method of tensors does, if that has multiply-adds; a look-up has none."""
     entry = operator_called(function)
     if entry is not None:
-        return entry.name
+        return None if entry.name == "embedding" else entry.name
     return getattr(function, "__name__", "") if function_name(function) in _UNCOUNTED else None
 
 

@@ -6,11 +6,13 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.function import FunctionCtx
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
@@ -102,8 +104,9 @@ def _rejecting_transforms() -> Iterator[None]:
 
 @contextmanager
 def _recording_functions(tracer: Any) -> Iterator[None]:
-    """Within: a function with a backward of its own is one node."""
+    """Within: a function with a backward of its own is one node, also where its `apply` was taken beforehand."""
     original = vars(torch.autograd.Function)["apply"]
+    meta = type(torch.autograd.Function)
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         proxy = find_proxy(args, kwargs)
@@ -118,8 +121,22 @@ def _recording_functions(tracer: Any) -> Iterator[None]:
         arguments = (class_name(cls), *args)
         return tracer.create_proxy("call_function", apply_function, arguments, kwargs, name=cls.__name__)
 
-    with replaced(torch.autograd.Function, apply=classmethod(apply)):
-        yield
+    def attribute(cls: Any, name: str) -> Any:
+        value = type.__getattribute__(cls, name)
+        return partial(forward, cls, value) if name == "forward" else value
+
+    def forward(cls: type, own: Callable[..., Any], *args: Any) -> Any:
+        # Torch's own `apply` takes symbolic values for constants, and would leave the backward out.
+        if find_proxy(args, {}) is None or tracer.is_evaluating:
+            return own(*args)
+        return apply(cls, *(args[1:] if isinstance(args[0], FunctionCtx) else args))
+
+    meta.__getattribute__ = attribute  # type: ignore[method-assign]
+    try:
+        with replaced(torch.autograd.Function, apply=classmethod(apply)):
+            yield
+    finally:
+        del meta.__getattribute__
 
 
 @contextmanager

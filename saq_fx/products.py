@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from saq_fx.annotation import update_record
@@ -29,7 +30,16 @@ CALLER = "caller"
 _CALL = nn.Module._call_impl.__code__
 # Functions that these run are run again in backward, or for many samples at once, where no call is routed.
 _TRANSFORMS = ("utils/checkpoint.py", "autograd/function.py", "/_functorch/")
+# What code may hand over in training only, and another value in evaluation.
+_PER_CALL = ("dropout_p",)
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
+
+OPENED_ATTENTION = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+"""`F.multi_head_attention_forward`, whose operations a mode sees, and not only the call of it."""
 
 Place = tuple[tuple[str, str, int], ...]
 _Table = dict[tuple[Place, str], list[tuple[str, Any, Any]]]
@@ -37,16 +47,18 @@ _Table = dict[tuple[Place, str], list[tuple[str, Any, Any]]]
 
 @dataclass(frozen=True)
 class _Operand:
-    """A tensor among the arguments of a product: the parameter at a path, or ("") any tensor."""
+    """A tensor among the arguments of a product: the parameter at a path, or ("") any tensor, or any number."""
 
     path: str = ""
+    is_number: bool = False
 
 
 @dataclass(frozen=True)
 class Product:
     """One operation at one place in the code of a module, with its arguments: `_Operand`s, and constants.
 
-    `place` has the function and the instruction of each frame between the module's forward and the operation.
+    `place` has the function and the instruction of each frame between the module's forward and the operation, torch's
+    own left out but for those of `torch.nn.functional`.
     """
 
     module: nn.Module
@@ -79,8 +91,9 @@ def product_called(
     if place is None:
         return None
     paths = {id(parameter): path for path, parameter in module.named_parameters()}
-    positional = [_argument(each, paths) for each in _flat(entry, args)]
-    named = [(name, _argument(each, paths)) for name, each in kwargs.items()]
+    names = (*entry.parameters, *("" for _ in args))
+    positional = [_argument(each, paths, name) for each, name in zip(_flat(entry, args), names, strict=False)]
+    named = [(name, _argument(each, paths, name)) for name, each in kwargs.items()]
     if any(each is NotImplemented for each in (*positional, *(each for _, each in named))):
         return None
     return Product(module, place, entry, tuple(positional), tuple(named))
@@ -91,8 +104,10 @@ def _flat(entry: Operator, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0], *args[1]) if is_nested else args
 
 
-def _argument(value: Any, paths: Mapping[int, str]) -> Any:
+def _argument(value: Any, paths: Mapping[int, str], name: str = "") -> Any:
     """An argument as a product has it; NotImplemented for what no graph holds."""
+    if name in _PER_CALL:
+        return _Operand(is_number=True) if isinstance(value, int | float) else NotImplemented
     if isinstance(value, Tensor):
         return NotImplemented if _is_transformed(value) else _Operand(paths.get(id(value), ""))
     if isinstance(value, list | tuple):
@@ -117,7 +132,7 @@ def _place(frame: FrameType | None, module: nn.Module) -> Place | None:
             held = frame.f_locals["model"]
         if held is not None:
             return tuple(place) if vars(held) is vars(module) else None
-        if not is_library(frame):
+        if not is_library(frame) or code.co_filename == F.__file__:
             place.append((str(frame.f_globals.get("__name__", "")), code.co_qualname, frame.f_lasti))
         elif any(each in code.co_filename for each in _TRANSFORMS):
             return None
@@ -228,16 +243,17 @@ class _Routing(TorchFunctionMode):
     ) -> Any:
         """Runs the graph of a product, or the function itself."""
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return OPENED_ATTENTION(*args, **kwargs)
         entry = operator_called(func)
         place = None if entry is None or entry.name == "embedding" else _place(sys._getframe(1), self._module)
         if entry is None or place is None:
             return func(*args, **kwargs)
         for name, positional, named in self._routed.table.get((place, entry.name), ()):
-            tensors = self._tensors(
-                (*positional, *(each for _, each in named)), (*_flat(entry, args), *kwargs.values())
-            )
-            if tensors is not None and [key for key, _ in named] == list(kwargs):
-                return self._module.get_submodule(name)(*tensors)
+            inputs = self._inputs((*positional, *(each for _, each in named)), (*_flat(entry, args), *kwargs.values()))
+            if inputs is not None and [key for key, _ in named] == list(kwargs):
+                return self._module.get_submodule(name)(*inputs)
         if entry.name not in self._routed.listed:
             warnings.warn(
                 f"{type(self._module).__name__} calls {entry.name} at {line_of_user()} as it did not on the example "
@@ -246,13 +262,15 @@ class _Routing(TorchFunctionMode):
             )
         return func(*args, **kwargs)
 
-    def _tensors(self, expected: tuple[Any, ...], given: tuple[Any, ...]) -> list[Tensor] | None:
+    def _inputs(self, expected: tuple[Any, ...], given: tuple[Any, ...]) -> list[Any] | None:
         """The inputs of a product's graph, None if these are not its arguments."""
         if len(expected) != len(given):
             return None
-        tensors = []
+        inputs: list[Any] = []
         for operand, value in zip(expected, given, strict=True):
-            if not isinstance(operand, _Operand):
+            if isinstance(operand, _Operand) and operand.is_number:
+                inputs.append(value)
+            elif not isinstance(operand, _Operand):
                 if isinstance(value, Tensor) or (tuple(value) if isinstance(value, list) else value) != operand:
                     return None
             elif operand.path:
@@ -261,5 +279,5 @@ class _Routing(TorchFunctionMode):
             elif not isinstance(value, Tensor) or _is_transformed(value):
                 return None
             else:
-                tensors.append(value)
-        return tensors
+                inputs.append(value)
+        return inputs

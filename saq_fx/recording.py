@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from saq_fx.annotation import join_path
 from saq_fx.nested import cloned, tensors_in
 from saq_fx.operators import arithmetic_called
-from saq_fx.products import Product, product_called
+from saq_fx.products import OPENED_ATTENTION, Product, product_called
 
 INPUT = ""
 """The origin of what is the network's input still, at most rearranged or rescaled without parameters."""
@@ -94,6 +95,9 @@ class CallRecorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Passes on where values came from; in-place functions pass it to what they change."""
+        if func is F.multi_head_attention_forward and self._is_called_from_python():
+            with self:
+                return OPENED_ATTENTION(*args, **(kwargs or {}))
         product = self._product(func, args, kwargs or {})
         output = func(*args, **(kwargs or {}))
         operands = tensors_in((args, kwargs or {}))

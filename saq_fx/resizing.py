@@ -14,6 +14,7 @@ from saq_fx.runtime import require_same_path
 from saq_fx.shapes import bind_inputs, failure_of, interpreted, without_trace
 from saq_fx.tracing import Inputs
 
+_SAMPLES: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 1)
 _LONGER: tuple[Callable[[int], int], ...] = (lambda size: size * 3 // 2, lambda size: 2 * size, lambda size: size + 1)
 _NEARBY: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: size - 1)
 
@@ -21,8 +22,8 @@ _NEARBY: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size:
 def refusing_modules(gm: SaqGraphModule, model: nn.Module, inputs: Inputs) -> tuple[dict[str, str], Inputs] | None:
     """Modules whose code the graph cannot follow on inputs of another size, by path, and why; and these inputs.
 
-    None where there are none. Tried are one sample more, larger images, and longer and shorter sequences. What one
-    module asks at a line of its code, and gets another answer, others of its class will at yet other sizes.
+    None where there are none. Tried are one sample more, one alone, larger images, and longer and shorter sequences.
+    What one module asks at a line of its code, and gets another answer, others of its class will at yet other sizes.
     """
     guards = [node for node in gm.graph.nodes if node.target is require_same_path]
     for resized in _resized(inputs) if guards else ():
@@ -71,7 +72,8 @@ def _refusals(gm: SaqGraphModule, inputs: Inputs, last: fx.Node) -> Mapping[fx.N
 
 def _resized(inputs: Inputs) -> Iterator[Inputs]:
     """Inputs of other sizes."""
-    yield _with_axis(inputs, 0, (1, 2, 3, 4, 5), lambda size: size + 1)
+    for change in _SAMPLES:
+        yield _with_axis(inputs, 0, (1, 2, 3, 4, 5), change)
     for change in _LONGER:
         yield _with_axis(_with_axis(inputs, -1, (4, 5), change), -2, (4, 5), change)
     for axis in (1, -1):

@@ -18,6 +18,7 @@ from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_mo
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in
+from saq_fx.operators import operands_of
 from saq_fx.state import unmoved
 from saq_fx.tracing import ExampleInputs, Inputs, split_inputs
 
@@ -33,8 +34,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 class Measured:
     """One run, by node: shapes of its tensor at each time that it ran, and a few facts more.
 
-    `unfit` are the types of tensors that no quantizer takes, as they are not dense real numbers; `macs` are those of
-    the nodes that were watched.
+    `unfit` says of tensors that no quantizer takes what they are: not of dense real numbers, or masks; `macs` are those
+    of the nodes that were watched.
     """
 
     shapes: NodeShapes = field(default_factory=dict)
@@ -78,6 +79,14 @@ def unfit_type(tensor: Tensor) -> str | None:
     if tensor.layout is not torch.strided:
         return str(tensor.layout).removeprefix("torch.")
     return None if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+
+
+def is_mask(value: Any) -> bool:
+    """Whether a value holds what masks are filled with, minus infinity or near to it: there is no level for that."""
+    if not (isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided):
+        return False
+    has_values = value.numel() > 0 and not value.is_meta
+    return has_values and bool(value.min() <= torch.finfo(value.dtype).min / 2)
 
 
 @contextmanager
@@ -219,6 +228,9 @@ def _run(
             operand = values[node.args[position]]  # type: ignore[index]
             if isinstance(operand, Tensor) and unfit_type(operand) is None:
                 observer(operand)
+        for each in operands_of(node):
+            if each.op != "get_attr" and is_mask(values[each]):
+                measured.unfit[each] = "infinite mask"
         if watch(part, node):
             with MacCounter() as counter:
                 value = compute()

@@ -48,7 +48,7 @@ def problem_of(gm: nn.Module, node: fx.Node, measured: Measured) -> str | None:
 
 def _unfit(gm: nn.Module, operand: fx.Node, measured: Measured) -> str | None:
     tensor = tensor_at(gm, str(operand.target)) if operand.op == "get_attr" else None
-    return measured.unfit.get(operand) if tensor is None else unfit_type(tensor)
+    return measured.unfit.get(operand) or (None if tensor is None else unfit_type(tensor))
 
 
 def may_multiply(gm: SaqGraphModule, node: fx.Node) -> bool:

@@ -282,3 +282,34 @@ def test_experts_that_no_example_reaches_are_as_they_were() -> None:
         assert torch.equal(gm.train(mode)(x), expected)
     left = {name for name, each in gm.named_modules() if type(each).__name__ == "TrainingFlag"}
     assert not [name for name in left if name.count("training_flag") > 1]
+
+
+class Codebook(nn.Module):
+    """Holds a weight and modules, and has no forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.unused = nn.Parameter(torch.randn(4, 8)), nn.ModuleList([nn.Linear(8, 8)])
+
+
+class Looking(nn.Module):
+    """Python code that multiplies by a weight of a module without a forward, and holds lists that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.book, self.spare = nn.Linear(8, 8), Codebook(), nn.ModuleList([nn.Linear(8, 2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        x = x + nn.functional.embedding(torch.tensor(1), self.book.weight)
+        return nn.functional.linear(x, self.book.weight) if x.sum() > -1e9 else self.spare[0](x)
+
+
+def test_modules_without_a_forward_are_not_listed() -> None:
+    model, x = Looking(), torch.randn(2, 8)
+    report = precision_report(prepare_saq(model, example_inputs=x))
+    assert {row.name: row.macs for row in report.rows} == {
+        "inner": 64, "book": 32, "book.unused.0": 0, "spare.0": 0,
+    }  # fmt: skip
+    assert report.uncounted == ()
+    assert_same(model, prepare_saq(model, example_inputs=x, precision=None), x)

@@ -163,3 +163,67 @@ def test_a_product_that_the_example_did_not_reach_is_told() -> None:
     with pytest.warns(UserWarning, match=rf"Forked calls linear at {line} as it did not on the example"):
         output = gm(torch.full((2, 5, 6), 2.0))
     assert torch.equal(output, model(torch.full((2, 5, 6), 2.0)))
+
+
+class Dropping(nn.Module):
+    """Attention that drops in training alone, by another argument, and torch's attention with weights of its own."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asks and x.sum() < -1e9:
+            return x
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        h = x + F.scaled_dot_product_attention(q, k, v, dropout_p=0.5 if self.training else 0)
+        h, _ = F.multi_head_attention_forward(
+            h.transpose(0, 1), h.transpose(0, 1), h.transpose(0, 1), 6, 2, torch.empty(0),
+            torch.cat((self.q.bias, self.k.bias, self.v.bias)), None, None, False, 0.5, self.out.weight,
+            self.out.bias, self.training, need_weights=False, use_separate_proj_weight=True,
+            q_proj_weight=self.q.weight, k_proj_weight=self.k.weight, v_proj_weight=self.v.weight,
+        )  # fmt: skip
+        return h.transpose(0, 1)
+
+
+def test_attention_has_one_set_of_quantizers_in_both_modes() -> None:
+    model, x = Dropping(asks=True), torch.randn(2, 3, 6)
+    assert_same(model, prepare_saq(model, example_inputs=x, precision=None), x)
+    gm, traced = prepare_saq(model, example_inputs=x), prepare_saq(Dropping(asks=False), example_inputs=x)
+    report, expected = precision_report(gm), precision_report(traced)
+    assert [row.macs for row in report.rows] == [row.macs for row in expected.rows]
+    assert report.uncounted == ()
+    assert len({row.name for row in report.rows}) == len(report.rows)
+    for training in (False, True):
+        gm.zero_grad()
+        gm.train(training)(x).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in gm.parameters())
+
+
+class Masked(nn.Module):
+    """Spreads a mask by a product, as attention in windows does; `asks` keeps it Python."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.a, self.asks = nn.Linear(6, 6), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.asks and h.sum() < -1e9:
+            return h
+        mask = torch.where(x[:, :, :1] > 0, torch.finfo(h.dtype).min, 0.0)
+        scores = h @ h.transpose(1, 2) + torch.ones_like(mask) @ mask.transpose(1, 2)
+        return scores.softmax(-1) @ h
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_products_of_infinite_masks_stay_in_float(asks: bool) -> None:
+    x = torch.randn(2, 3, 6)
+    gm = prepare_saq(Masked(asks), example_inputs=x)
+    report = precision_report(gm)
+    assert [reason for _, reason in report.uncounted] == ["infinite mask operands are not quantized"]
+    assert report.quantized_share == (108 + 2 * 54) / (108 + 2 * 54 + 9)
+    output = gm.train()(x)
+    output.square().sum().backward()
+    assert all(each.isfinite().all() for each in (output, *(p.grad for p in gm.parameters() if p.grad is not None)))

@@ -64,6 +64,10 @@ def padded(model: Any, h: Tensor) -> Tensor:
     return model.b(h)
 
 
+def single(model: Any, h: Tensor) -> Tensor:
+    return model.b(h if h.shape[0] != 1 else h.flip(1))
+
+
 def stepwise(model: Any, h: Tensor) -> Tensor:
     state = h.new_zeros(h.size(0), 8)
     for step in range(h.size(1)):
@@ -79,6 +83,7 @@ def stepwise(model: Any, h: Tensor) -> Tensor:
         (numpy_numbers, "symbolic"),
         (by_sample, "by parts"),
         (padded, "by parts"),
+        (single, "by parts"),
         (stepwise, "by parts"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -317,6 +317,27 @@ def test_backward_of_autograd_functions() -> None:
     assert_same(model, local, V)
 
 
+REVERSE = Reverse.apply
+
+
+class Stored(Pair):
+    """Functions whose `apply` was taken before: by an attribute, by a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split = Split.apply
+
+    def between(self, h: Tensor) -> Tensor:
+        left, right = self.split(REVERSE(h), self.b.weight, 0.5)
+        return left + right
+
+
+def test_autograd_functions_whose_apply_is_stored() -> None:
+    gm = assert_captured(Stored(), "symbolic", V)
+    assert [name for name, _ in precision_report(gm).uncounted] == ["Reverse", "Split"]
+    assert Reverse.forward.__qualname__ == "Reverse.forward"
+
+
 class Island(Pair):
     """Single precision under whatever the caller runs, as rotary embeddings do, and products inside."""
 

@@ -268,11 +268,16 @@ def _symbolic_graph(
 def _run_tracer(model: nn.Module, arguments: _Arguments, leaves: Mapping[str, str]) -> tuple[fx.Graph, dict[str, str]]:
     tracer, hooks = arguments.tracer(leaves, {}), HookTables(model)
     try:
-        graph = tracer.trace(model)
-        if hooks.changed and arguments.inputs is not None:
+        try:
+            graph = tracer.trace(model)
+        finally:
             # Forward installs hooks at its first call, and notes that it has: let it do both.
-            hooks.put_back()
-            _call_once(model, arguments.inputs)
+            installs = hooks.changed
+            if installs:
+                hooks.put_back()
+                if arguments.inputs is not None:
+                    _call_once(model, arguments.inputs)
+        if installs and arguments.inputs is not None:
             tracer = arguments.tracer(leaves, {})
             graph = tracer.trace(model)
         if tracer.kept:

@@ -662,3 +662,28 @@ def test_a_train_that_changes_weights_leaves_the_prepared_ones_alone() -> None:
         assert all(torch.equal(value, state[name]) for name, value in each.state_dict().items())
     assert torch.equal(gm(V), model(V))
     assert torch.allclose(gm.eval()(V), model.eval()(V), atol=1e-5)
+
+
+class InstallsHook(nn.Module):
+    """Gives a layer a hook at its first call, and goes on by values that it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.is_installed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_installed:
+            self.first.register_forward_hook(lambda module, args, output: output * 2)
+            self.is_installed = True
+        x = self.first(x)
+        return self.second(x) if x.sum() > -1e9 else x
+
+
+def test_hooks_that_untraceable_code_installs_are_installed_once() -> None:
+    model, x = InstallsHook(), torch.randn(2, 4)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert not model.is_installed
+    assert record_of(gm).tracing == "by parts"
+    for _ in range(2):
+        assert torch.equal(gm(x), model(x))

@@ -45,7 +45,7 @@ def split_inputs(example_inputs: ExampleInputs) -> Inputs:
     return (example_inputs,), {}
 
 
-def split_batch(batch: Any) -> tuple[ExampleInputs, Any]:
+def split_batch(batch: Any) -> Batch:
     """A batch as (inputs, targets); raises TrainingError for anything but a pair."""
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         found = f"{len(batch)} of them" if isinstance(batch, tuple | list) else type(batch).__name__

@@ -1,6 +1,6 @@
 """SAQ against plain quantization-aware training on scikit-learn's digits: Tables 4 to 7 of the paper, in our figures.
 
-`python tools/reproduce_saq.py [--networks resnet mobilenet vit] [--seeds 5] [--folder benchmarks]`
+`python tools/reproduce_saq.py [--networks resnet mobilenet vit vit_long] [--seeds 5] [--folder benchmarks]`
 
 Every run is kept in `saq_NETWORK.json` as soon as it ends, and not repeated; `saq.md` is made of all that is there.
 The learning rates (of plain training, where a setting has several) and then the radius rho are chosen per network, in

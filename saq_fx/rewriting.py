@@ -12,7 +12,7 @@ Tracer = fx.proxy.GraphAppendingTracer
 
 
 def create_node(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = ()) -> fx.Node:
-    """As `fx.Graph.create_node`, which takes twice as long: it looks for symbolic sizes, and makes names of targets."""
+    """As `fx.Graph.create_node`, which takes about twice as long: it looks for symbolic sizes and makes up names."""
     node = graph.create_node(op, target, name=target.replace(".", "_") if isinstance(target, str) else None)
     node.args = args
     return node

@@ -302,7 +302,8 @@ Written by `tools/zoo_coverage.py` on a CPU, in several runs, besides other work
 
 {len(prepared)} of {len(rows)} models are prepared; the float graph of {exact} equals the model bit for bit, outputs in
 both modes and gradients. On inputs of another shape, some models do not run (not taken), others take another path
-through their code, which a guard of the graph turns into an error (refused). Seconds are of the whole check.
+through their code, which a guard of the graph turns into an error (refused). Seconds are of the whole check. A row
+is of the code as it was when it was checked; not all were checked again after later changes.
 
 {table}
 

@@ -30,6 +30,11 @@ class GuardedTracer(fx.Tracer):
         self._examples = ExampleValues(self, arguments or {})
         self._index_guards: list[tuple[fx.Node, FrameType, int]] = []
 
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether what runs now is not recorded, but computes an example value."""
+        return self._examples.running
+
     def proxy(self, node: fx.Node) -> GuardedProxy:
         """A stand-in for a node's value."""
         return GuardedProxy(node, self)
@@ -115,6 +120,14 @@ class GuardedTracer(fx.Tracer):
         value = self.example(obj)
         is_number = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
         return not is_number and self.depends_on_data(obj.node, or_parameters=False)
+
+    def hash_of(self, obj: fx.Proxy) -> int:
+        """By the value, guarded, of a number that is a setting; by identity of all else, as of tensors."""
+        if self.arguments is not None and not self.is_evaluating and self.may_vary(obj):
+            kind = type(self.example(obj))
+            if kind in (bool, int, float):
+                return hash(self.concrete(obj, kind.__name__))
+        return object.__hash__(obj)
 
     def numpy_call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> fx.Proxy:
         """A function of numpy of sizes and other plain numbers; of tensors it is an error."""

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from saq_fx.capture import capture
 from saq_fx.errors import CalibrationError, PassError, PrecisionError, SaqError, TracingError
 from saq_fx.fitting import Observed
 from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.hooks import preserve_hook_state
 from saq_fx.pass_base import Pipeline, check_facts
 from saq_fx.passes.annotate_layers import AnnotateLayers
 from saq_fx.passes.assign_precision import AssignPrecision
@@ -67,6 +68,16 @@ def prepare_saq(
     """
     if not isinstance(model, nn.Module | ExportedProgram):
         raise SaqError(f"prepare_saq takes an ExportedProgram or an nn.Module, not {type(model).__name__}")
+    with preserve_hook_state(model) if isinstance(model, nn.Module) else nullcontext():
+        return _prepared(model, example_inputs, precision, recipe)
+
+
+def _prepared(
+    model: nn.Module | ExportedProgram,
+    example_inputs: ExampleInputs | None,
+    precision: str | Precision | Policy | None,
+    recipe: Recipe | None,
+) -> SaqGraphModule:
     gm = capture(model, example_inputs)
     if record_of(gm).recipe is not None:
         raise SaqError("this graph is quantized already: use apply_policy to change its bits")

@@ -78,6 +78,10 @@ class GuardedProxy(fx.Proxy):
     def __index__(self) -> int:
         return int(self.tracer.index(self, sys._getframe(1)))
 
+    def __hash__(self) -> int:
+        """Of a setting that a set or a dictionary is asked for, of its value; sizes are new keys to any cache."""
+        return int(self.tracer.hash_of(self))
+
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         """Records a call; that torch asked for its sizes as integers before has decided nothing."""

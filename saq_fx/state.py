@@ -18,11 +18,10 @@ Kept = dict[tuple[nn.Module, str], Any]
 
 _MISSING: Any = object()
 _STRUCTURE = frozenset(vars(nn.Module()))
-_HOOK_TABLES = frozenset(name for name in _STRUCTURE if "hooks" in name and isinstance(vars(nn.Module())[name], dict))
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class _Snapshot:
+class Snapshot:
     """What a module's attributes or buffers are now, the contents of lists and dictionaries included."""
 
     def __init__(self, held: Mapping[str, Any]) -> None:
@@ -49,12 +48,17 @@ class _Snapshot:
                 value.clear()
                 (value.update if isinstance(value, dict) else value.extend)(self.contents[name])
 
+    def restore(self, held: dict[str, Any]) -> None:
+        """Makes all attributes what they were."""
+        names = {*held, *self.values}.difference(_STRUCTURE)
+        self.put_back(held, [name for name in names if not is_same(held.get(name), self.before(name))])
+
 
 class Attributes:
     """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._saved = {module: (_Snapshot(vars(module)), _Snapshot(module._buffers)) for module in model.modules()}
+        self._saved = {module: (Snapshot(vars(module)), Snapshot(module._buffers)) for module in model.modules()}
 
     def restore(self, model: nn.Module) -> None:
         """Takes symbolic values, and numbers that forward changed, out of the attributes of a model or a part of it."""
@@ -77,30 +81,6 @@ class Attributes:
                 ):
                     found[module, name] = buffers.values.get(name, _MISSING)
         return found
-
-
-class HookTables:
-    """The hooks of a model's modules as they are now."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before = self._now()
-
-    def _now(self) -> dict[tuple[nn.Module, str], dict[Any, Any]]:
-        tables = ((module, name, vars(module).get(name)) for module in self._model.modules() for name in _HOOK_TABLES)
-        return {(module, name): dict(table) for module, name, table in tables if table}
-
-    @property
-    def changed(self) -> bool:
-        """Whether hooks were installed or removed since."""
-        return self._now() != self._before
-
-    def put_back(self) -> None:
-        """Makes the tables what they were."""
-        for module, name in self._now():
-            table = vars(module)[name]
-            table.clear()
-            table.update(self._before.get((module, name), {}))
 
 
 class Forgotten:
@@ -166,7 +146,7 @@ class ForwardState:
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = Buffers(model)
-        self._attributes = {module: _Snapshot(vars(module)) for module in model.modules() if _runs_python(module)}
+        self._attributes = {module: Snapshot(vars(module)) for module in model.modules() if _runs_python(module)}
         held = [value for each in self._attributes.values() for value in each.values.values()]
         tensors = [value for value in held if isinstance(value, Tensor) and value.layout is torch.strided]
         self._tensors = [(tensor, tensor.clone()) for tensor in tensors if 0 not in tensor.stride()]
@@ -179,9 +159,7 @@ class ForwardState:
         for tensor, content in self._tensors:
             tensor.data.copy_(content)
         for module, snapshot in self._attributes.items():
-            held = vars(module)
-            names = {*held, *snapshot.values}.difference(_STRUCTURE)
-            snapshot.put_back(held, [name for name in names if not is_same(held.get(name), snapshot.before(name))])
+            snapshot.restore(vars(module))
         for quantizer, initialized in self._levels_set:
             quantizer.initialized = initialized
 

@@ -17,6 +17,7 @@ from saq_fx.bytecode import multiplies
 from saq_fx.errors import TracingError
 from saq_fx.given import given
 from saq_fx.guards import GuardedTracer
+from saq_fx.hooks import HookCalls, has_forward_hooks, preserve_hook_state
 from saq_fx.modes import flag_path
 from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched
@@ -62,6 +63,7 @@ class SymbolicTracer(GuardedTracer):
         self.fixed = fixed
         self.untraceable = dict(leaves)
         self.kept: Kept = {}
+        self.outside_of_graphs: dict[str, str] = {}
         self.scopes_without_gradients = 0
         self._built = 0  # objects that nodes build
         self._positional = positional
@@ -69,8 +71,13 @@ class SymbolicTracer(GuardedTracer):
         self._parameters: dict[str, Any] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Records `root.forward`; `kept` then says what state it keeps in attributes."""
+        """Records `root.forward`.
+
+        Then `kept` says what state it keeps in attributes, and `outside_of_graphs` which modules have hooks that a
+        graph would not run, and why.
+        """
         self.root = root
+        self._hooks = HookCalls(self)
         self._paths = set(root.modules())
         self._attributes = Attributes(root)
         self._gradients = GradientFlow(root, self.arguments)
@@ -78,10 +85,11 @@ class SymbolicTracer(GuardedTracer):
             if isinstance(module.__dict__["training"], TrainingMarker):
                 module.__dict__["training"].tracer = self
         try:
-            with patched(self), rejected_chance():
+            with patched(self), rejected_chance(), preserve_hook_state(root):
                 graph = super().trace(root, concrete_args)
             reject_written_buffers(self._forgotten)
             self.kept = self._attributes.kept(self.depends_on_data)
+            self.outside_of_graphs = self._hooks.settle(self.untraceable)
             return graph
         finally:
             self._attributes.restore(root)
@@ -105,11 +113,6 @@ class SymbolicTracer(GuardedTracer):
     def current_path(self) -> str:
         """The path of the module whose forward runs now."""
         return next(reversed(self.module_stack.values()), ("", None))[0]
-
-    @property
-    def is_evaluating(self) -> bool:
-        """Whether what runs now is not recorded, but computes an example value."""
-        return self._examples.running
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A node; detached where the model computes it without gradients that the graph would give it."""
@@ -181,6 +184,12 @@ class SymbolicTracer(GuardedTracer):
         """Records a leaf, follows any other module as far as it can be followed."""
         if self._examples.running or m not in self._paths:
             return forward(*args, **kwargs)
+        if has_forward_hooks(m) and self.arguments is not None:
+            with self._hooks.noted(m, self.path_of_module(m)):
+                return self._follow(m, forward, args, kwargs)
+        return self._follow(m, forward, args, kwargs)
+
+    def _follow(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.arguments is None or m is self.root:
             _reject_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
@@ -259,7 +268,11 @@ class SymbolicTracer(GuardedTracer):
         if type(self.root) is nn.MultiheadAttention and can_open(self.root) and not has_own_call(self.root):
             return lambda root, *args: self._open_attention(root, *args, **keyword), positional
         # As a call, not only its forward, so that the hooks of the model itself are recorded as well.
-        return lambda root, *args: _symbolic_trace._orig_module_call(root, *args, **keyword), positional
+        return lambda root, *args: self._call_root(root, *args, **keyword), positional
+
+    def _call_root(self, root: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self._hooks.noted(root, "") if self.arguments is not None else nullcontext():
+            return _symbolic_trace._orig_module_call(root, *args, **kwargs)
 
     def _open_attention(self, attention: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
         """Where attention is not in a graph, in which it could be a leaf, but is all of it."""
@@ -312,4 +325,4 @@ def _reject_backward_hooks(module: nn.Module) -> None:
 
 def has_own_call(module: nn.Module) -> bool:
     """Whether calling a module does more than its forward: hooks (as `weight_norm`'s) or parametrizations."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "parametrizations" in module._modules
+    return has_forward_hooks(module) or "parametrizations" in module._modules

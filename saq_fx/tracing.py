@@ -21,6 +21,7 @@ from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError, TrainingError
 from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
+from saq_fx.hooks import HookTables, lists_of_hooks
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
 from saq_fx.nested import cloned
 from saq_fx.parametrized import make_picklable
@@ -28,7 +29,7 @@ from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
 from saq_fx.scopes import replaced
 from saq_fx.sharpness import preserve_buffers
-from saq_fx.state import HookTables, Kept, forgotten, unmoved
+from saq_fx.state import Kept, forgotten, unmoved
 from saq_fx.symbolic import SymbolicTracer
 
 ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
@@ -101,7 +102,8 @@ def copied(model: nn.Module) -> nn.Module:
 
     try:
         with replaced(Tensor, __deepcopy__=__deepcopy__):
-            own = copy.deepcopy(model, _copies_of_empty_tables(model))
+            shared = {id(each): each for each in lists_of_hooks(model)}
+            own = copy.deepcopy(model, _copies_of_empty_tables(model) | shared)
     except Exception as error:
         raise TracingError(
             f"{type(model).__name__} cannot be copied ({error}), and prepare_saq never changes the model it is given: "
@@ -280,6 +282,10 @@ def _run_tracer(model: nn.Module, arguments: _Arguments, leaves: Mapping[str, st
         if installs and arguments.inputs is not None:
             tracer = arguments.tracer(leaves, {})
             graph = tracer.trace(model)
+        if "" in tracer.outside_of_graphs:
+            raise TracingError(tracer.outside_of_graphs[""])
+        if tracer.outside_of_graphs:
+            return _run_tracer(model, arguments, {**tracer.untraceable, **tracer.outside_of_graphs})
         if tracer.kept:
             # Once more, to see whether forward reads what it keeps, or only writes it.
             with forgotten(tracer.kept):

@@ -13,7 +13,7 @@ LAYERS = {
     0: "errors precision recipe fake_quantization fitting quantizers mixtures sharpness allocation knapsack "
     "knapsack_core batching parallel parameters training_recipe direction distillation gradients nested mac_counter",
     1: "alignment annotation attention bytecode capture dataflow effects example_values exported given graph guards "
-    "modes mutation operation_names operators parametrized pass_base patching places products proxies recording "
+    "hooks modes mutation operation_names operators parametrized pass_base patching places products proxies recording "
     "resizing rewriting runtime scopes shapes signs state symbolic tracing uncounted",
     2: "cost choices report resume two_passes",
     3: "training step",

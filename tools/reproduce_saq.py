@@ -60,7 +60,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "reduction": "none",
     },
     "case 2, a tenth of the radius": {"case": 2, "radius_factor": 0.1, **EVERY_STEP},
-    "case 3, a tenth of the radius": {"case": 3, "radius_factor": 0.1, **EVERY_STEP},
+    "case 3, half the radius": {"radius_factor": 0.5, **EVERY_STEP},
+    "case 3, a fifth of the radius": {"radius_factor": 0.2, **EVERY_STEP},
+    "case 3, a tenth of the radius": {"radius_factor": 0.1, **EVERY_STEP},
 }
 
 

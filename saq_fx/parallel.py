@@ -1,6 +1,6 @@
 """What data-parallel workers must agree on in a sharpness-aware step: gradients, norms, whether a step is skipped."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from saq_fx.errors import TrainingError
+from saq_fx.sharpness import global_norm
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,10 @@ class Workers:
         if self.sharded:
             dist.all_reduce(values, group=self.group)
         return values
+
+    def norm(self, gradients: Collection[Tensor]) -> float:
+        """The global norm of gradients of parameters, of which this worker may hold shards."""
+        return float(self.sum_of_shards(global_norm(gradients) ** 2) ** 0.5)
 
     def all_agree(self, holds: bool, device: torch.device) -> bool:
         """Whether something holds on every worker: whether one goes on must not depend on which it is."""

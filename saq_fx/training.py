@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,31 +14,17 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from saq_fx.ascent_step import AscentStep
 from saq_fx.batching import Chunk, cut
 from saq_fx.direction import Direction
 from saq_fx.errors import CheckpointError, TrainingError
 from saq_fx.gradients import add_gradients, all_finite, gradient_of
-from saq_fx.graph import SaqGraphModule
 from saq_fx.parallel import Workers, local
 from saq_fx.parameters import parameter_kinds
-from saq_fx.pass_base import Pipeline
-from saq_fx.passes.insert_perturbations import (
-    InsertPerturbations,
-    Leaf,
-    make_leaves,
-    moved_share,
-    perturbed_weights,
-    zero_deltas,
-)
+from saq_fx.passes.insert_perturbations import moved_share
 from saq_fx.precision import FLOAT_BITS
 from saq_fx.quantizers import Quantizer
-from saq_fx.sharpness import (
-    Ascent,
-    RandomState,
-    global_norm,
-    inner_product,
-    scaled_by_size,
-)
+from saq_fx.sharpness import RandomState, inner_product
 from saq_fx.state import ForwardState, preserve_state
 from saq_fx.step import StepStatistics, check_base_optimizer, check_cuts, check_options
 
@@ -126,12 +112,7 @@ class SAQ(Optimizer):
         self.skipped_steps = 0
         self._steps = 0
         self._direction = Direction()
-        graphs = _outermost_graphs(gm)
-        for graph in graphs:
-            Pipeline((InsertPerturbations(case),)).run(graph)
-        self._weights = [weight for graph in graphs for weight in perturbed_weights(graph)]
-        self._kept_leaves: list[Leaf] = []
-        self._behind_quantizer = {parameter for weight in self._weights for parameter in weight.parameters}
+        self._ascent = AscentStep(gm, self._kinds, self._workers, case=case, perturb=perturb, adaptive=adaptive)
 
     def _check_levels(self) -> None:
         for name, module in self._module.named_modules():
@@ -277,10 +258,6 @@ class SAQ(Optimizer):
         anywhere = self._workers.any_of([parameter in among for parameter in trained], trained[0].device)
         return list(compress(trained, anywhere))
 
-    def _norm(self, gradients: Collection[Tensor]) -> float:
-        """The global norm of gradients of parameters, of which this worker may hold shards."""
-        return float(self._workers.sum_of_shards(global_norm(gradients) ** 2) ** 0.5)
-
     def _one_pass(self, parts: list[Chunk]) -> StepStatistics:
         """A step without a second pass: g_s is put together from g and the last g_v."""
         factor = 2.0 if self.losses == "both" else 1.0  # g_s + g holds g twice
@@ -292,7 +269,7 @@ class SAQ(Optimizer):
         loss = torch.stack(losses).sum()
         self._workers.average([loss])
         parameters = self._with_gradient()
-        norm = self._norm([gradient_of(parameter) for parameter in parameters]) / factor
+        norm = self._workers.norm([gradient_of(parameter) for parameter in parameters]) / factor
         if not all_finite(norm, loss):
             return StepStatistics(loss, norm / self._loss_scale, skipped=True)
         if self.losses != "vanilla":
@@ -301,11 +278,6 @@ class SAQ(Optimizer):
 
     def _two_passes(self, parts: list[Chunk]) -> StepStatistics:
         """A step with both passes, for each part of the batch; g and g_s are their sums."""
-        if not all(weight.is_current() for weight in self._weights):
-            raise TrainingError(
-                "the graph no longer has the leaves that this SAQ put into it: another SAQ or pass took them, or "
-                "opt.case was changed; build SAQ anew"
-            )
         memory = self._direction.forget()
         vanilla, sharp = dict[Tensor, Tensor](), dict[Tensor, Tensor]()
         # Workers that synchronise and GPUs that replay graphs may write to gradients again.
@@ -313,7 +285,7 @@ class SAQ(Optimizer):
         losses, perturbed_losses, moved = [], [], None
         for index, part in enumerate(parts, 1):
             last = index == len(parts)
-            with zero_deltas(self._weights, self._leaves()) as leaves:
+            with self._ascent.leaves() as leaves:
                 random_state = RandomState(self._kinds)
                 self.zero_grad()
                 # Each worker perturbs by its own gradient, and they agree on the sums only.
@@ -321,7 +293,7 @@ class SAQ(Optimizer):
                     each_loss = self._backward(part.first, part.share)
                 loss = each_loss.mean()
                 parameters = self._with_gradient()
-                ascent = self._ascent(parameters, leaves)
+                ascent = self._ascent.find(parameters, leaves)
                 finite = all_finite(ascent.norm, loss)
                 # Workers may have different numbers of parts, and meet once: at the last, or where one gives up.
                 if last or not finite or self._workers.sharded:
@@ -329,9 +301,9 @@ class SAQ(Optimizer):
                 if not finite:
                     return StepStatistics(loss, ascent.norm / self._loss_scale, skipped=True)
                 add_gradients(vanilla, parameters, memory, keep=lasting)
-                before = self._weight_codes()
+                before = self._ascent.weight_codes()
                 with ascent.climbed(self.rho), preserve_state(self._module), random_state.replay():
-                    moved = moved_share(before, self._weight_codes())
+                    moved = moved_share(before, self._ascent.weight_codes())
                     self.zero_grad()
                     if last and self._workers.finds_unused:
                         for each in vanilla:  # DDP fails on those that only earlier passes have used
@@ -378,42 +350,8 @@ class SAQ(Optimizer):
             # g_v = g_s - (g_s.g)/(g.g) g
             torch._foreach_mul_(g, -projection)
             torch._foreach_add_(g, g_s)
-            self._direction.keep(vanilla, self._norm(g))
+            self._direction.keep(vanilla, self._workers.norm(g))
         return statistics
-
-    def _leaves(self) -> list[Leaf]:
-        """Kept from step to step: on CPUs, memory that is new costs more than the arithmetic on it."""
-        kinds = [(weight.parameters[0].dtype, weight.parameters[0].device) for weight in self._weights]
-        if kinds != [(delta.dtype, delta.device) for _, delta in self._kept_leaves]:
-            self._kept_leaves = make_leaves(self._weights)
-        return self._kept_leaves
-
-    def _weight_codes(self) -> list[Tensor]:
-        """The quantized weights in integers, where a perturbation may fail to move them."""
-        if self.case != 2 or self._workers.sharded:
-            return []
-        return [weight.codes() for weight in self._weights]
-
-    def _ascent(self, parameters: list[nn.Parameter], leaves: Sequence[Leaf]) -> Ascent:
-        """What is perturbed, and where to, from the gradients at hand."""
-        trained = set(parameters)
-        active = [not trained.isdisjoint(weight.parameters) for weight in self._weights]
-        deltas = [delta for _, delta in compress(leaves, active)]
-        directions = [gradient_of(source) for source, _ in compress(leaves, active)]
-        in_place = [parameter for parameter in parameters if self._is_perturbed_in_place(parameter)]
-        moved, in_place_directions = [local(p) for p in in_place], [gradient_of(p) for p in in_place]
-        if self._workers.sharded:
-            self._workers.average(directions)
-        if self.adaptive:
-            values = [weight.value() for weight in compress(self._weights, active)] + moved
-            directions, norm = scaled_by_size(directions + in_place_directions, values)
-            directions, in_place_directions = directions[: len(deltas)], directions[len(deltas) :]
-        else:
-            norm = math.hypot(float(global_norm(directions)), self._norm(in_place_directions))
-        return Ascent(deltas, directions, moved, in_place_directions, norm)
-
-    def _is_perturbed_in_place(self, parameter: nn.Parameter) -> bool:
-        return parameter not in self._behind_quantizer and self._kinds[parameter] in ("weight", *self.perturb)
 
     def _count_skipped(self, step: StepStatistics) -> None:
         self.skipped_steps += 1
@@ -463,9 +401,3 @@ class SAQ(Optimizer):
             for index, value in own["direction"].items()
         }
         self._direction.keep(values, own["direction_norm"])
-
-
-def _outermost_graphs(module: nn.Module) -> list[SaqGraphModule]:
-    if isinstance(module, SaqGraphModule):
-        return [module]
-    return list(dict.fromkeys(graph for child in module.children() for graph in _outermost_graphs(child)))

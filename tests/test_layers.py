@@ -16,7 +16,7 @@ LAYERS = {
     "hooks modes mutation operation_names operators parametrized pass_base patching places products proxies recording "
     "resizing rewriting runtime scopes shapes signs state symbolic tracing uncounted",
     2: "cost choices report resume two_passes",
-    3: "training step",
+    3: "training step ascent_step",
     4: "__init__ prepare search search_result baselines checkpoint data models networks plots cli demo train_command",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

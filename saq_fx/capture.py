@@ -119,7 +119,7 @@ def _capture_around(model: nn.Module, inputs: Inputs, reason: str, others: Seque
     remove_flags(model)
     remove_products(model)
     gm = SaqGraphModule.around(model, _python_graph(model, inputs))
-    gm.keep_modes(frozen_modes(model))
+    gm.keep_modes(frozen_modes(model, modes_of(model)))
     _capture_parts(gm, model, {"": reason}, inputs, others)
     record = record_of(gm)
     if record.untraced and not record.parts:

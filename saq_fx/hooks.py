@@ -59,8 +59,8 @@ class HookTables:
         self._before = self._now()
 
     def _now(self) -> dict[tuple[nn.Module, str], dict[Any, Any]]:
-        tables = ((module, name, vars(module).get(name)) for module in self._model.modules() for name in _TABLES)
-        return {(module, name): dict(table) for module, name, table in tables if table}
+        held = ((module, vars(module)) for module in self._model.modules())
+        return {(module, name): dict(here[name]) for module, here in held for name in _TABLES if here.get(name)}
 
     @property
     def changed(self) -> bool:

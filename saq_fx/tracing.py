@@ -83,11 +83,12 @@ def trace_symbolically(
     Raises:
         TracingError: naming the module and the source line that symbolic tracing cannot follow.
     """
-    arguments = _arguments(model, inputs)
-    graph, untraceable = _symbolic_graph(model, arguments, modes_of(model), leaves)
+    arguments, modes = _arguments(model, inputs), modes_of(model)
+    frozen = frozen_modes(model, modes)
+    graph, untraceable = _symbolic_graph(model, arguments, modes, leaves)
     add_flags(model, graph)
     gm = SaqGraphModule(model, graph, type(model).__name__)
-    gm.keep_modes(frozen_modes(model))
+    gm.keep_modes(frozen)
     update_record(gm, tracing="symbolic")
     return gm, untraceable
 
@@ -190,9 +191,8 @@ def modes_of(model: nn.Module) -> dict[bool, dict[nn.Module, bool]]:
             parameter.requires_grad_(flag)
 
 
-def frozen_modes(model: nn.Module) -> dict[bool, dict[str, bool]]:
-    """The modules, by path, that `train()` and `eval()` leave in the other mode."""
-    modes = modes_of(model)
+def frozen_modes(model: nn.Module, modes: Mapping[bool, Mapping[nn.Module, bool]]) -> dict[bool, dict[str, bool]]:
+    """The modules, by path, that `train()` and `eval()` leave in the other mode, of the modes that they give."""
     paths = list(model.named_modules(remove_duplicate=False))
     return {mode: {path: not mode for path, each in paths if modes[mode][each] != mode} for mode in modes}
 

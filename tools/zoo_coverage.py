@@ -17,7 +17,7 @@ import gc
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ import timm
 import torch
 import torchvision
 import transformers
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from saq_fx import precision_report, prepare_saq
@@ -40,6 +39,7 @@ COLUMNS = (
     "way", "MACs quantized, %", "float graph", "other shape", "W4A4", "deepcopy", "state dict", "seconds",
     "left in float, or why not", "checked",
 )  # fmt: skip
+NAMES = 6  # in a list of what is left in float
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -158,8 +158,21 @@ def check_quantized(make: Maker) -> Row:
         "W4A4": "finite" if finite else "not finite",
         "deepcopy": copies,
         "state dict": same_outputs(run(copied, inputs)[0], expected),
-        "left in float, or why not": ", ".join(each for each, _ in report.uncounted),
+        "left in float, or why not": by_reason(report.uncounted),
     }
+
+
+def by_reason(operations: Iterable[tuple[str, str]]) -> str:
+    """Names and reasons; of many for the same reason, the first names."""
+    names: dict[str, list[str]] = {}
+    for name, reason in operations:
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{listed(found)}: {reason}" for reason, found in names.items())
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
+    return ", ".join(names[:NAMES]) + more
 
 
 def same_outputs(outputs: list[Tensor], expected: list[Tensor]) -> str:
@@ -289,12 +302,10 @@ def page(rows: dict[str, Row], missing: list[str]) -> str:
     """The rows as a markdown page."""
     prepared = [row for row in rows.values() if row["way"] != "failed"]
     exact = sum(row["float graph"] == "exact" for row in prepared)
-    table = tabulate(
-        [[name, *(row.get(column, "") for column in COLUMNS)] for name, row in rows.items()],
-        ("model", *COLUMNS),
-        tablefmt="pipe",
-        floatfmt=".1f",
-    )
+    lines = [("model", *COLUMNS), ["---"] * (len(COLUMNS) + 1)]
+    lines += [[name, *(row.get(column, "") for column in COLUMNS)] for name, row in rows.items()]
+    # Not padded to equal widths: the longest cell is a hundred times as long as most.
+    table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     return f"""# Which models are covered
 
 Written by `tools/zoo_coverage.py` on a CPU, in several runs, besides other work (torch {torch.__version__}, torchvision

@@ -1,7 +1,7 @@
 """Puts a quantizer node on every quantized tensor."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch import fx, nn
 
@@ -37,6 +37,7 @@ class InsertQuantizers(Pass):
         scheme = self.recipe.scheme or ("lsq" if has_attention else "clip")
         signed = _signed_overrides(annotations, self.recipe)
         modified = record_of(gm).recipe != self.recipe
+        of_weights: _OfWeights = {}
         for path, part in graphs(gm):
             for node, layer in list(layer_nodes(part.graph)):
                 if layer.name in signed:
@@ -44,10 +45,13 @@ class InsertQuantizers(Pass):
                 # An operation may be named by a weight outside of its graph.
                 is_within = layer.name.startswith(path)
                 name = layer.name.removeprefix(path).removeprefix(".") if is_within else ""
-                site = _Site(part, node, layer, name, _placement(gm, part, layer))
+                site = _Site(part, node, layer, name, _placement(gm, part, layer), of_weights)
                 modified |= _insert_both(site, scheme, self.recipe)
         update_record(gm, recipe=self.recipe)
         return PassResult(gm, modified)
+
+
+_OfWeights: TypeAlias = dict[tuple[Any, ...], Quantizer]  # by the weight's tensor, in whatever part it is read
 
 
 @dataclass
@@ -59,6 +63,7 @@ class _Site:
     layer: LayerAnnotation
     name: str
     placement: dict[str, Any]
+    of_weights: _OfWeights
 
 
 def _placement(gm: SaqGraphModule, part: SaqGraphModule, layer: LayerAnnotation) -> dict[str, Any]:
@@ -107,7 +112,11 @@ def _insert_second(site: _Site, scheme: str, recipe: Recipe) -> str:
         return str(shared.target)
     channels = _output_channels(gm, layer, weight) if recipe.per_channel else None
     normalize = recipe.normalize_weights and layer.op.startswith("conv") and _feeds_batchnorm(gm, node)
-    quantizer = _weight_quantizer(site, scheme, normalize, channels)
+    tensor = tensor_at(gm, str(weight.target)) if weight.op == "get_attr" else None
+    key = (weight if tensor is None else id(tensor), normalize, channels)
+    if key not in site.of_weights:
+        site.of_weights[key] = _weight_quantizer(site, scheme, normalize, channels)
+    quantizer = site.of_weights[key]
     return _insert(site, layer.weight_operand, "weight_quantizer", quantizer)
 
 

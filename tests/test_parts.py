@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from saq_fx.annotation import record_of
 from saq_fx.graph import layers
 from saq_fx.prepare import prepare_saq
 from saq_fx.report import precision_report
@@ -313,3 +314,30 @@ def test_modules_without_a_forward_are_not_listed() -> None:
     }  # fmt: skip
     assert report.uncounted == ()
     assert_same(model, prepare_saq(model, example_inputs=x, precision=None), x)
+
+
+class TiedAcrossParts(nn.Module):
+    """Two blocks, around control flow that no graph follows, share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6))
+        self.second = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+        self.second[0].weight = self.first[2].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y if y.sum() > -1e9 else -y)
+
+
+def test_a_weight_that_parts_share_has_one_quantizer() -> None:
+    torch.manual_seed(0)
+    model, x = TiedAcrossParts(), torch.randn(8, 4)
+    gm = prepare_saq(model, example_inputs=x)
+    assert record_of(gm).tracing == "by parts"
+    shared = gm.get_submodule("first.2.weight_quantizer")
+    assert gm.get_submodule("second.0.weight_quantizer") is shared
+    assert gm.get_submodule("second.2.weight_quantizer") is not shared
+    copied = copy.deepcopy(gm)
+    assert copied.get_submodule("second.0.weight_quantizer") is copied.get_submodule("first.2.weight_quantizer")
+    assert torch.equal(copied(x), gm(x))

@@ -46,7 +46,7 @@ class InsertPerturbations(Pass):
 
     def run(self, gm: SaqGraphModule) -> PassResult:
         """Rewrites `gm` in place; leaves that are where they should be stay as they are."""
-        return PassResult(gm, _apply(gm, partial(_insert_all, case=self.case)))
+        return PassResult(gm, _apply(gm, partial(_insert_all, case=self.case, leaves={})))
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,19 @@ def _apply(gm: SaqGraphModule, change: Callable[[SaqGraphModule], bool]) -> bool
     return any(changed)
 
 
-def _insert_all(gm: SaqGraphModule, case: int) -> bool:
-    """Gives one graph its leaves; whether that changed it."""
+def _insert_all(gm: SaqGraphModule, case: int, leaves: dict[tuple[nn.Module, str], Perturbation]) -> bool:
+    """Gives one graph its leaves, those of a quantizer that another one shares from there; whether that changed it."""
     quantizers = _weight_quantizers(gm)
     wanted = {_leaf_path(target, side) for target in quantizers for side in CASES[case]}
     misplaced = wanted != set(_leaves(gm))
     modified = misplaced or record_of(gm).perturbation_case != case
     if misplaced:
         _remove(gm)
-        for path in sorted(wanted):
-            gm.add_submodule(path, Perturbation())
         for target, nodes in quantizers.items():
-            for node in nodes:
-                for side in sorted(set(CASES[case])):
+            for side in sorted(set(CASES[case])):
+                leaf = leaves.setdefault((gm.get_submodule(target), side), Perturbation())
+                gm.add_submodule(_leaf_path(target, side), leaf)
+                for node in nodes:
                     _insert(node, _leaf_path(target, side), side)
     update_record(gm, perturbation_case=case)
     return modified
@@ -174,13 +174,13 @@ class PerturbedWeight:
 
 
 def perturbed_weights(gm: SaqGraphModule) -> list[PerturbedWeight]:
-    """Every quantized weight that is computed from parameters, in the order of execution.
+    """Every quantized weight that is computed from parameters, once, in the order of execution.
 
     Raises:
         PassError: the graph has no perturbation leaves.
     """
     check_facts(gm, InsertPerturbations.gives, "perturbed_weights")
-    return [weight for _, part in graphs(gm) for weight in _weights_of(part)]
+    return list({weight.perturbation: weight for _, part in graphs(gm) for weight in _weights_of(part)}.values())
 
 
 def _weights_of(gm: SaqGraphModule) -> list[PerturbedWeight]:

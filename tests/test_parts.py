@@ -14,6 +14,7 @@ from saq_fx.annotation import record_of
 from saq_fx.graph import layers
 from saq_fx.prepare import prepare_saq
 from saq_fx.report import precision_report
+from saq_fx.training import SAQ
 from tests.test_hostile import assert_same
 from tests.test_prepare import assert_same_function
 
@@ -325,9 +326,11 @@ class TiedAcrossParts(nn.Module):
         self.second = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
         self.second[0].weight = self.first[2].weight
 
+        self.asks = True
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
-        return self.second(y if y.sum() > -1e9 else -y)
+        return self.second(-y if self.asks and y.sum() < -1e9 else y)
 
 
 def test_a_weight_that_parts_share_has_one_quantizer() -> None:
@@ -341,3 +344,23 @@ def test_a_weight_that_parts_share_has_one_quantizer() -> None:
     copied = copy.deepcopy(gm)
     assert copied.get_submodule("second.0.weight_quantizer") is copied.get_submodule("first.2.weight_quantizer")
     assert torch.equal(copied(x), gm(x))
+
+
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_a_weight_that_parts_share_has_one_perturbation(case: int) -> None:
+    torch.manual_seed(0)
+    model, x = TiedAcrossParts(), torch.randn(8, 4)
+    trained = []
+    for asks in (True, False):
+        model.asks = asks
+        gm = prepare_saq(model, example_inputs=x)
+        assert record_of(gm).tracing == ("by parts" if asks else "symbolic")
+        opt = SAQ(gm, torch.optim.SGD(gm.parameters(), 0.1), rho=0.5, case=case, period=1)
+        for _ in range(3):
+            opt.step(lambda: gm(x).square().mean())  # noqa: B023
+        trained.append(gm)
+    by_parts, whole = (dict(gm.named_parameters()) for gm in trained)
+    alike = by_parts.keys() & whole.keys()  # all but the second layer's own, which takes its name from the weight
+    assert alike >= {"first.0.weight", "first.2.weight", "first.2.weight_quantizer.clipping_level", "second.2.weight"}
+    for name in alike:
+        assert torch.allclose(by_parts[name], whole[name], rtol=1e-5, atol=1e-7), name

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.modules import module as _calls
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from saq_fx.annotation import join_path, record_of, update_record
@@ -69,6 +70,11 @@ def _check_kind(model: nn.Module) -> None:
     name = type(model).__name__
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TracingError(f"the model is wrapped in {name}: prepare its .module, and wrap the result")
+    if _calls._global_forward_hooks or _calls._global_forward_pre_hooks:
+        raise TracingError(
+            "hooks that run at the calls of all modules are installed (register_module_forward_hook), which no graph "
+            "does: remove them, or register them on the modules of the model"
+        )
     for path, module in model.named_modules():
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise TracingError(

@@ -22,6 +22,7 @@ from saq_fx.passes.canonicalize import Canonicalize
 from saq_fx.passes.fit_levels import FitLevels
 from saq_fx.passes.insert_quantizers import InsertQuantizers
 from saq_fx.passes.open_attention import OpenAttention
+from saq_fx.passes.open_einsum import OpenEinsum
 from saq_fx.places import place_and_cause
 from saq_fx.precision import Policy, Precision
 from saq_fx.quantizers import Quantizer
@@ -92,6 +93,7 @@ def _prepared(
     passes = (
         Canonicalize(),
         OpenAttention(),
+        OpenEinsum(),
         AnnotateLayers(example_inputs, recipe.embeddings, observed),
         AssignPrecision(policy, recipe.first_last),
         InsertQuantizers(recipe),

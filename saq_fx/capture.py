@@ -23,6 +23,7 @@ from saq_fx.annotation import join_path, record_of, update_record
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
+from saq_fx.held import STRUCTURE
 from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
@@ -116,8 +117,15 @@ def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
             gm, untraceable = trace_symbolically(model, inputs, untraceable)
             break
     if untraceable and inputs is not None:
-        _capture_parts(gm, model, untraceable, inputs, others)
+        try:
+            _capture_parts(gm, model, untraceable, inputs, others)
+        except _ReachingError as error:
+            return _capture_around(model, inputs, str(error), others)
     return gm
+
+
+class _ReachingError(TracingError):
+    """Python code calls modules that are not in its own, where a graph has no place for parts."""
 
 
 def _capture_around(model: nn.Module, inputs: Inputs, reason: str, others: Sequence[Inputs] = ()) -> SaqGraphModule:
@@ -178,21 +186,32 @@ def _capture_parts(
     """Replaces the modules that untraceable code calls by graphs of their own."""
     reasons = {model.get_submodule(path): reason for path, reason in untraceable.items()}
     recorder = _record(model, reasons, inputs, others)
-    while entered := [
-        each for each in recorder.calls if isinstance(each, nn.Module) and _holds_any(each, recorder.calls)
-    ]:
-        reasons.update(dict.fromkeys(entered, "code outside of it calls modules in it"))
+    while crossed := _crossed(recorder):
+        reasons.update(crossed)
         recorder = _record(model, reasons, inputs, others)
+    if recorder.is_reaching:
+        raise _ReachingError("a module in it that stays Python code calls modules that are not in that")
     splitter = _Splitter(recorder.calls, reasons)
     for path, module in list(model.named_modules()):
         if module in reasons:
             splitter.split(module, path)
             listed = {name.rpartition(".")[2] for name, owner in recorder.operations.items() if owner is module}
             splitter.add_products(module, gm if module is model else module, path, listed)
+    for module in reasons:
+        splitter.replace_references(vars(gm if module is model else module))
     _place(splitter.parts, recorder.calls)
     for name, owner in recorder.operations.items():
         splitter.untraced.append((name, f"runs in Python code that cannot be traced, {reasons[owner]}"))
     update_record(gm, tracing="by parts", parts=tuple(splitter.paths), untraced=tuple(splitter.untraced))
+
+
+def _crossed(recorder: CallRecorder) -> dict[nn.Module, str]:
+    """The modules that cannot be parts, and why: calls go into them, or out of them."""
+    called = [each for each in recorder.calls if isinstance(each, nn.Module)]
+    entered = [each for each in called if _holds_any(each, recorder.calls)]
+    reaching = [each for each in called if each in recorder.reaching]
+    outward = dict.fromkeys(reaching, "it calls modules that are not in it")
+    return outward | dict.fromkeys(entered, "code outside of it calls modules in it")
 
 
 def _holds_any(module: nn.Module, others: Container[Any]) -> bool:
@@ -242,6 +261,18 @@ class _Splitter:
                 holder._modules[name] = self.parts[child]
             elif child not in self._calls:
                 self.split(child, join_path(path, name))
+
+    def replace_references(self, held: Any) -> None:
+        """Puts parts in the place of modules that attributes, and containers in them, refer to."""
+        for name, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+            if type(value) in (list, dict) and name not in STRUCTURE:
+                self.replace_references(value)
+            elif type(value) is tuple:
+                items = list(value)
+                self.replace_references(items)
+                held[name] = tuple(items)
+            elif isinstance(value, nn.Module):
+                held[name] = self.parts.get(value, value)
 
     def add_products(self, module: nn.Module, holder: nn.Module, path: str, listed: Collection[str]) -> None:
         """Makes parts of the products that the module's own code computes; `holder` is what is left of the module."""

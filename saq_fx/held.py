@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 MISSING: Any = object()
 """Stands for what an attribute was before it was first set."""
 
-_STRUCTURE = frozenset(vars(nn.Module()))
+STRUCTURE = frozenset(vars(nn.Module()))
+"""The attributes of a module that hold parameters, other modules and hooks."""
+
 _PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict}
 _LIBRARIES = ("torch", "saq_fx", "numpy")
@@ -23,7 +25,7 @@ class Snapshot:
     """What attributes, buffers or variables are now, with all that the containers among them hold."""
 
     def __init__(self, held: Mapping[str, Any]) -> None:
-        self.values = {name: value for name, value in held.items() if name not in _STRUCTURE}
+        self.values = {name: value for name, value in held.items() if name not in STRUCTURE}
         self._contents: dict[str, list[tuple[Any, Any]]] = {}
         for name, value in self.values.items():
             if type(value) in _CONTAINERS or type(value) is tuple:
@@ -31,7 +33,7 @@ class Snapshot:
 
     def moved(self, held: Mapping[str, Any]) -> list[str]:
         """The names under which there is a symbolic value now, another number or other contents."""
-        items = ((name, value) for name, value in held.items() if name not in _STRUCTURE)
+        items = ((name, value) for name, value in held.items() if name not in STRUCTURE)
         return [name for name, value in items if self._is_moved(name, value)]
 
     def put_back(self, held: MutableMapping[str, Any], names: Iterable[str]) -> None:
@@ -49,7 +51,7 @@ class Snapshot:
 
     def restore(self, held: MutableMapping[str, Any]) -> None:
         """Makes all of them what they were."""
-        self.put_back(held, {*held, *self.values}.difference(_STRUCTURE))
+        self.put_back(held, {*held, *self.values}.difference(STRUCTURE))
 
     def _is_moved(self, name: str, value: Any) -> bool:
         before, contents = self.values.get(name, MISSING), self._contents.get(name, ())

@@ -20,6 +20,7 @@ from saq_fx.guards import GuardedTracer
 from saq_fx.held import has_forward_hooks
 from saq_fx.hooks import HookCalls, preserve_hook_state
 from saq_fx.modes import flag_path
+from saq_fx.nested import holds_modules
 from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched
 from saq_fx.places import place_and_cause
@@ -217,6 +218,8 @@ class SymbolicTracer(GuardedTracer):
 
     def _python_leaf(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
         """A call of a module that stays Python code; an error if that changes what it is given other than tensors."""
+        if holds_modules((args, kwargs)):
+            raise TracingError(f"module {path!r} stays Python code, and is given a module that it may call")
         built = self._built
         proxy = self.create_proxy("call_module", path, args, kwargs)
         if self._built != built:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -313,3 +314,64 @@ def test_modules_without_a_forward_are_not_listed() -> None:
     }  # fmt: skip
     assert report.uncounted == ()
     assert_same(model, prepare_saq(model, example_inputs=x, precision=None), x)
+
+
+class Handing(nn.Module):
+    """Hands a head to its decoder, in one of several ways; the code of both may stay Python."""
+
+    def __init__(self, hand: Callable[[Any, Tensor], Tensor], in_python: tuple[bool, bool]) -> None:
+        super().__init__()
+        self.stem, self.head, self.hand, self.in_python = nn.Linear(4, 4), nn.Linear(4, 4), hand, in_python[0]
+        self.decoder = Taking(self.head, in_python[1])
+        self.hidden = [self.head]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.in_python and x.mean() < -100:
+            x = 2 * x
+        return self.hand(self, x)
+
+    def twice(self, x: Tensor) -> Tensor:
+        return 2 * self.head(x)
+
+
+class Taking(nn.Module):
+    """Calls what it is given, or what it knows by an attribute that is no child."""
+
+    def __init__(self, other: nn.Module, in_python: bool) -> None:
+        super().__init__()
+        self.layer, self.others, self.in_python = nn.Linear(4, 4), (other,), in_python
+
+    def forward(self, x: Tensor, head: Any = None) -> Tensor:
+        x = self.layer(x)
+        if self.in_python and x.mean() < -100:
+            x = 2 * x
+        return (head or self.others[0])(x)
+
+
+HANDING = {
+    "argument": lambda m, x: m.decoder(x, m.head),
+    "keyword": lambda m, x: m.decoder(x, head=m.head),
+    "hidden": lambda m, x: m.decoder(x, m.hidden[0]),
+    "method": lambda m, x: m.decoder(x, m.twice),
+    "function": lambda m, x: m.decoder(x, lambda y: m.head(y) + x.sum()),
+    "known": lambda m, x: m.decoder(x),
+    "also_called": lambda m, x: m.decoder(x, m.head) + m.head(x),
+}
+
+
+@pytest.mark.parametrize("in_python", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("name", HANDING)
+def test_modules_handed_to_others_are_quantized(name: str, in_python: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    model, x = Handing(HANDING[name], in_python), torch.randn(3, 4)
+    graph = prepare_saq(model, example_inputs=x, precision=None)
+    for each in (x, x[:1]):
+        assert torch.equal(graph(each), model(each))
+    gm = prepare_saq(model, example_inputs=x)
+    found = precision_report(gm)
+    assert {row.name.partition("@")[0] for row in found.rows} == {"stem", "head", "decoder.layer"}
+    assert found.total_macs == (4 if name == "also_called" else 3) * 16
+    assert found.uncounted == ()
+    other = copy.deepcopy(gm)
+    assert torch.equal(other(x), gm(x))

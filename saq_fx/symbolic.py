@@ -256,7 +256,8 @@ class SymbolicTracer(GuardedTracer):
         """One placeholder an argument; an argument fixed at its default gets a guard that rejects other values."""
         positional: list[Any] = [self.root]
         keyword: dict[str, Any] = {}
-        parameters = dict(list(inspect.signature(root_fn).parameters.items())[1:])
+        # Of the object: a model may have chosen among several forwards when it was made.
+        parameters = inspect.signature(self.root.forward).parameters
         for name, parameter in parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL and (self.arguments or {}).get(name):
                 raise TracingError(f"a graph takes no {parameter}")

@@ -23,7 +23,7 @@ from saq_fx.annotation import join_path, record_of, update_record
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
-from saq_fx.held import STRUCTURE
+from saq_fx.held import STRUCTURE, containers_in
 from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
@@ -198,7 +198,7 @@ def _capture_parts(
             listed = {name.rpartition(".")[2] for name, owner in recorder.operations.items() if owner is module}
             splitter.add_products(module, gm if module is model else module, path, listed)
     for module in reasons:
-        splitter.replace_references(vars(gm if module is model else module))
+        splitter.replace_references(gm if module is model else module)
     _place(splitter.parts, recorder.calls)
     for name, owner in recorder.operations.items():
         splitter.untraced.append((name, f"runs in Python code that cannot be traced, {reasons[owner]}"))
@@ -262,17 +262,17 @@ class _Splitter:
             elif child not in self._calls:
                 self.split(child, join_path(path, name))
 
-    def replace_references(self, held: Any) -> None:
+    def replace_references(self, module: nn.Module) -> None:
         """Puts parts in the place of modules that attributes, and containers in them, refer to."""
-        for name, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
-            if type(value) in (list, dict) and name not in STRUCTURE:
-                self.replace_references(value)
-            elif type(value) is tuple:
-                items = list(value)
-                self.replace_references(items)
-                held[name] = tuple(items)
-            elif isinstance(value, nn.Module):
-                held[name] = self.parts.get(value, value)
+        attributes = {name: value for name, value in vars(module).items() if name not in STRUCTURE}
+        for held in (vars(module), *containers_in(attributes.values())):
+            for name, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+                if isinstance(value, nn.Module) and value in self.parts:
+                    held[name] = self.parts[value]
+                elif type(value) is tuple and any(isinstance(each, nn.Module) for each in value):
+                    held[name] = tuple(
+                        [self.parts.get(each, each) if isinstance(each, nn.Module) else each for each in value]
+                    )
 
     def add_products(self, module: nn.Module, holder: nn.Module, path: str, listed: Collection[str]) -> None:
         """Makes parts of the products that the module's own code computes; `holder` is what is left of the module."""

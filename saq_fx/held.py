@@ -93,6 +93,11 @@ def proxies_in(value: Any) -> Iterator[fx.Proxy]:
     return (each for each in _walk([value]) if _is(each, fx.Proxy))
 
 
+def containers_in(values: Iterable[Any]) -> list[Any]:
+    """The lists and dictionaries among values and in their containers, each once."""
+    return [each for each in _walk(values) if type(each) in _CONTAINERS and _is(each, (list, dict))]
+
+
 def objects_in(values: Iterable[Any]) -> list[Any]:
     """The objects with attributes of their own that are among values, in their containers and in one another."""
     return [each for each in _walk(values, into_objects=True) if _is_object(each)]

@@ -323,7 +323,8 @@ class Handing(nn.Module):
         super().__init__()
         self.stem, self.head, self.hand, self.in_python = nn.Linear(4, 4), nn.Linear(4, 4), hand, in_python[0]
         self.decoder = Taking(self.head, in_python[1])
-        self.hidden = [self.head]
+        self.hidden: list[Any] = [self.head]
+        self.hidden.append(self.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

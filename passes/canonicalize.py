@@ -1,5 +1,6 @@
 """Modules, methods and fused attention become functional calls on explicit operands."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -72,12 +73,19 @@ def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
         expand = _expand_linear
     elif kind is nn.Embedding and module.max_norm is None:
         expand = _expand_embedding
-    elif kind is nn.MultiheadAttention and can_open(module):
+    elif kind is nn.MultiheadAttention and can_open(module) and _has_fixed_options(node):
         expand = _expand_attention
     else:
         return False
     replace_node(gm.graph, node, lambda tracer: expand(module, _Operands(module, node, tracer)), kind)
     return True
+
+
+def _has_fixed_options(attention: fx.Node) -> bool:
+    """Whether a call says which weights it returns: with `need_weights=self.training` only a run does."""
+    names = list(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
+    given = {**dict(zip(names, attention.args, strict=False)), **attention.kwargs}
+    return not any(isinstance(given.get(name), fx.Node) for name in ("need_weights", "average_attn_weights"))
 
 
 def _rewrite_functional_attention(node: fx.Node) -> bool:

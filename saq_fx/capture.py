@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.modules import module as _calls
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from saq_fx.annotation import join_path, record_of, update_record
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
+from saq_fx.held import STRUCTURE, containers_in
 from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
@@ -69,6 +71,11 @@ def _check_kind(model: nn.Module) -> None:
     name = type(model).__name__
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TracingError(f"the model is wrapped in {name}: prepare its .module, and wrap the result")
+    if _calls._global_forward_hooks or _calls._global_forward_pre_hooks:
+        raise TracingError(
+            "hooks that run at the calls of all modules are installed (register_module_forward_hook), which no graph "
+            "does: remove them, or register them on the modules of the model"
+        )
     for path, module in model.named_modules():
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise TracingError(
@@ -110,8 +117,15 @@ def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
             gm, untraceable = trace_symbolically(model, inputs, untraceable)
             break
     if untraceable and inputs is not None:
-        _capture_parts(gm, model, untraceable, inputs, others)
+        try:
+            _capture_parts(gm, model, untraceable, inputs, others)
+        except _ReachingError as error:
+            return _capture_around(model, inputs, str(error), others)
     return gm
+
+
+class _ReachingError(TracingError):
+    """Python code calls modules that are not in its own, where a graph has no place for parts."""
 
 
 def _capture_around(model: nn.Module, inputs: Inputs, reason: str, others: Sequence[Inputs] = ()) -> SaqGraphModule:
@@ -172,21 +186,32 @@ def _capture_parts(
     """Replaces the modules that untraceable code calls by graphs of their own."""
     reasons = {model.get_submodule(path): reason for path, reason in untraceable.items()}
     recorder = _record(model, reasons, inputs, others)
-    while entered := [
-        each for each in recorder.calls if isinstance(each, nn.Module) and _holds_any(each, recorder.calls)
-    ]:
-        reasons.update(dict.fromkeys(entered, "code outside of it calls modules in it"))
+    while crossed := _crossed(recorder):
+        reasons.update(crossed)
         recorder = _record(model, reasons, inputs, others)
+    if recorder.is_reaching:
+        raise _ReachingError("a module in it that stays Python code calls modules that are not in that")
     splitter = _Splitter(recorder.calls, reasons)
     for path, module in list(model.named_modules()):
         if module in reasons:
             splitter.split(module, path)
             listed = {name.rpartition(".")[2] for name, owner in recorder.operations.items() if owner is module}
             splitter.add_products(module, gm if module is model else module, path, listed)
+    for module in reasons:
+        splitter.replace_references(gm if module is model else module)
     _place(splitter.parts, recorder.calls)
     for name, owner in recorder.operations.items():
         splitter.untraced.append((name, f"runs in Python code that cannot be traced, {reasons[owner]}"))
     update_record(gm, tracing="by parts", parts=tuple(splitter.paths), untraced=tuple(splitter.untraced))
+
+
+def _crossed(recorder: CallRecorder) -> dict[nn.Module, str]:
+    """The modules that cannot be parts, and why: calls go into them, or out of them."""
+    called = [each for each in recorder.calls if isinstance(each, nn.Module)]
+    entered = [each for each in called if _holds_any(each, recorder.calls)]
+    reaching = [each for each in called if each in recorder.reaching]
+    outward = dict.fromkeys(reaching, "it calls modules that are not in it")
+    return outward | dict.fromkeys(entered, "code outside of it calls modules in it")
 
 
 def _holds_any(module: nn.Module, others: Container[Any]) -> bool:
@@ -236,6 +261,18 @@ class _Splitter:
                 holder._modules[name] = self.parts[child]
             elif child not in self._calls:
                 self.split(child, join_path(path, name))
+
+    def replace_references(self, module: nn.Module) -> None:
+        """Puts parts in the place of modules that attributes, and containers in them, refer to."""
+        attributes = {name: value for name, value in vars(module).items() if name not in STRUCTURE}
+        for held in (vars(module), *containers_in(attributes.values())):
+            for name, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+                if isinstance(value, nn.Module) and value in self.parts:
+                    held[name] = self.parts[value]
+                elif type(value) is tuple and any(isinstance(each, nn.Module) for each in value):
+                    held[name] = tuple(
+                        [self.parts.get(each, each) if isinstance(each, nn.Module) else each for each in value]
+                    )
 
     def add_products(self, module: nn.Module, holder: nn.Module, path: str, listed: Collection[str]) -> None:
         """Makes parts of the products that the module's own code computes; `holder` is what is left of the module."""

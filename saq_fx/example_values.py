@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saq_fx.dataflow import reads_shape_only
 from saq_fx.effects import is_random
 from saq_fx.graph import call_arguments
+from saq_fx.held import is_same
 from saq_fx.modes import is_flag
 from saq_fx.nested import cloned
 from saq_fx.operation_names import writes_first
 from saq_fx.runtime import switch_autocast
-from saq_fx.state import is_same, unmoved
+from saq_fx.state import runs_python, unmoved
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -140,7 +141,7 @@ class ExampleValues:
         module = self._tracer.root.get_submodule(str(node.target))
         with (
             evaluation_flags(module),
-            nullcontext() if type(module).__module__.startswith("torch.nn.") else unmoved(module),
+            unmoved(module) if runs_python(module) else nullcontext(),
         ):
             before = [(each, each.copy()) for each in _containers((args, kwargs))]
             output = module(*args, **kwargs)

@@ -4,7 +4,8 @@ import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import MappingProxyType, new_class
+from functools import partial
+from types import MappingProxyType, MethodType, new_class
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from saq_fx.precision import Precision
 
 ROUTED = "_routed"
 """The attribute of a module that runs its code in the place of `forward` (see `saq_fx.products`)."""
+
+_FORWARD = "_own_forward"
 
 
 class _Forward:
@@ -68,6 +71,7 @@ class SaqGraphModule(fx.GraphModule):
         gm = cls(nn.Module(), fx.Graph(), type(model).__name__)
         hooks = gm._load_state_dict_post_hooks
         vars(gm).update(vars(model))
+        keep_forward(gm, model)
         gm._load_state_dict_post_hooks = hooks
         vars(gm)["_python_class"] = type(model)
         gm.graph = graph
@@ -311,10 +315,34 @@ def run_eagerly(
         for name, value in kwargs.items()
         if name not in defaults or type(value) is not type(defaults[name]) or value != defaults[name]
     }
-    # Of the class: what is set on the object is a forward of the graph.
-    forward = vars(model).get(ROUTED, type(model).forward)
+    forward = vars(model).get(ROUTED) or own_forward(model)
     with without_fused_layers():
         return forward(model, *args, *more_args, **kwargs, **more_kwargs)
+
+
+def own_forward(model: nn.Module) -> Callable[..., Any]:
+    """The forward of a model's code: of its class, if it was not given another (see `keep_forward`)."""
+    forward: Callable[..., Any] = vars(model).get(_FORWARD, type(model).forward)
+    return forward
+
+
+def keep_forward(holder: nn.Module, model: nn.Module) -> None:
+    """Notes the forward that a model was given itself where a graph or routed calls take its place in `holder`."""
+    forward = vars(holder).pop("forward", None)
+    if forward is not None:
+        is_method = getattr(forward, "__self__", None) is model
+        vars(holder)[_FORWARD] = forward.__func__ if is_method else partial(_without_object, forward)
+
+
+def restore_forward(model: nn.Module) -> None:
+    """Undoes `keep_forward`."""
+    vars(model).pop("forward", None)
+    if _FORWARD in vars(model):
+        vars(model)["forward"] = MethodType(vars(model).pop(_FORWARD), model)
+
+
+def _without_object(forward: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
 
 
 def call_arguments(node: fx.Node, values: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

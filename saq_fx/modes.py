@@ -9,6 +9,7 @@ from saq_fx.alignment import aligned, read_parameters
 from saq_fx.annotation import inherit_owner, join_path, mark_training_only, owner_path
 from saq_fx.effects import OnlyIn, follows_mode, has_effects
 from saq_fx.errors import TracingError
+from saq_fx.held import has_forward_hooks
 from saq_fx.operators import operator_of
 
 _FLAG = "training_flag"
@@ -164,7 +165,8 @@ class _Merger:
         owner, mode = owner_path(node), "training" if training else "evaluation"
         if node.op == "call_module" and not is_flag(node):
             module = self._model.get_submodule(str(node.target))
-            is_python = any(True for _ in module.children()) and type(module) is not nn.MultiheadAttention
+            has_code = any(True for _ in module.children()) and type(module) is not nn.MultiheadAttention
+            is_python = has_code or has_forward_hooks(module)
             if is_python or (not training and follows_mode(module)):
                 parent = str(node.target).rpartition(".")[0]
                 raise UnmergeableError(self._place(parent), f"only in {mode} does it run {node.target}")

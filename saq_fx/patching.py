@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import FunctionCtx
 from torch.fx import _symbolic_trace
+from torch.nn.utils import stateless
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
@@ -79,7 +80,10 @@ def _recorded(function: Callable[..., Any], always_by: fx.Tracer | None) -> Call
 
 @contextmanager
 def _rejecting_transforms() -> Iterator[None]:
-    """Within: checkpoints and `vmap` of symbolic values are errors, for a graph would lose the memory they save."""
+    """Within: what runs functions in other ways than calling them is an error, for symbolic values.
+
+    Of checkpoints a graph would lose the memory they save; modules that are lent other parameters have own ones there.
+    """
     original = checkpoint._infer_device_type
     functorch: Any = importlib.import_module("torch._functorch.apis")
     vmapped = functorch.vmap_impl
@@ -89,6 +93,13 @@ def _rejecting_transforms() -> Iterator[None]:
             raise TracingError("torch.vmap runs its function on many samples at once, which no graph does")
         return vmapped(*args, **kwargs)
 
+    lent = stateless._functional_call
+
+    def reject_lent(*args: Any, **kwargs: Any) -> Any:
+        if find_proxy(args, kwargs) is not None:
+            raise TracingError("functional_call runs a module with other parameters than its own, which no graph does")
+        return lent(*args, **kwargs)
+
     def reject(*args: Any) -> Any:
         if find_proxy(args, {}) is not None:
             raise TracingError("torch.utils.checkpoint runs its function a second time, which no graph does")
@@ -96,7 +107,7 @@ def _rejecting_transforms() -> Iterator[None]:
 
     checkpoint._infer_device_type = reject
     try:
-        with replaced(functorch, vmap_impl=reject_vmap):
+        with replaced(functorch, vmap_impl=reject_vmap), replaced(stateless, _functional_call=reject_lent):
             yield
     finally:
         checkpoint._infer_device_type = original

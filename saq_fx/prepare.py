@@ -13,7 +13,7 @@ from saq_fx.capture import capture
 from saq_fx.errors import CalibrationError, PassError, PrecisionError, SaqError, TracingError
 from saq_fx.fitting import Observed
 from saq_fx.graph import SaqGraphModule, layers
-from saq_fx.hooks import preserve_hook_state
+from saq_fx.hooks import preserve_hooks
 from saq_fx.pass_base import Pipeline, check_facts
 from saq_fx.passes.annotate_layers import AnnotateLayers
 from saq_fx.passes.assign_precision import AssignPrecision
@@ -22,6 +22,7 @@ from saq_fx.passes.canonicalize import Canonicalize
 from saq_fx.passes.fit_levels import FitLevels
 from saq_fx.passes.insert_quantizers import InsertQuantizers
 from saq_fx.passes.open_attention import OpenAttention
+from saq_fx.passes.open_einsum import OpenEinsum
 from saq_fx.places import place_and_cause
 from saq_fx.precision import Policy, Precision
 from saq_fx.quantizers import Quantizer
@@ -72,7 +73,7 @@ def prepare_saq(
     """
     if not isinstance(model, nn.Module | ExportedProgram):
         raise SaqError(f"prepare_saq takes an ExportedProgram or an nn.Module, not {type(model).__name__}")
-    with preserve_hook_state(model) if isinstance(model, nn.Module) else nullcontext():
+    with preserve_hooks(model) if isinstance(model, nn.Module) else nullcontext():
         return _prepared(model, example_inputs, precision, recipe)
 
 
@@ -96,6 +97,7 @@ def _prepared(
     passes = (
         Canonicalize(),
         OpenAttention(),
+        OpenEinsum(),
         AnnotateLayers(example_inputs, recipe.embeddings, observed),
         AssignPrecision(policy, recipe.first_last),
         InsertQuantizers(recipe),

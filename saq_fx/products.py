@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from saq_fx.annotation import update_record
-from saq_fx.graph import ROUTED, SaqGraphModule, attribute_at, unused_path
+from saq_fx.graph import (
+    ROUTED,
+    SaqGraphModule,
+    attribute_at,
+    keep_forward,
+    own_forward,
+    restore_forward,
+    unused_path,
+)
 from saq_fx.operators import Operator, operator_called
 from saq_fx.places import is_library, line_of_user
 
@@ -161,6 +169,8 @@ def add_products(
         holder.add_module(name, part)
         added[product] = name, part
         table[product.place, product.operation.name].append((name, product.args, product.kwargs))
+    if holder is module:
+        keep_forward(module, module)
     vars(holder)[ROUTED] = Routed(dict(table), frozenset(listed))
     if holder is module:
         vars(module)["forward"] = partial(vars(holder)[ROUTED], module)
@@ -172,7 +182,7 @@ def remove_products(model: nn.Module) -> None:
     for module in model.modules():
         routed = vars(module).pop(ROUTED, None)
         if routed is not None:
-            vars(module).pop("forward", None)
+            restore_forward(module)
             for name in routed.names():
                 module._modules.pop(name, None)
 
@@ -212,7 +222,7 @@ class Routed:
         self.table, self.listed = table, listed
 
     def __call__(self, model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        """Runs the forward of the model's class."""
+        """Runs the model's own forward."""
         return _not_compiled()(model, self, args, kwargs)
 
     def names(self) -> list[str]:
@@ -222,7 +232,7 @@ class Routed:
 
 def _run(model: nn.Module, routed: Routed, args: Any, kwargs: Any) -> Any:
     with _Routing(model, routed):
-        return type(model).forward(model, *args, **kwargs)
+        return own_forward(model)(model, *args, **kwargs)
 
 
 @cache

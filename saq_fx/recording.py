@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from saq_fx.annotation import join_path
-from saq_fx.nested import cloned, tensors_in
+from saq_fx.nested import cloned, holds_modules, tensors_in
 from saq_fx.operators import arithmetic_called
 from saq_fx.products import OPENED_ATTENTION, Product, product_called
 
@@ -33,10 +33,11 @@ class Calls:
 class CallRecorder(TorchFunctionMode):
     """While entered, notes the calls that the code of `python` modules makes of other modules and of the table.
 
-    `calls` are the modules and the products called; `operations` the names of other operations with multiply-adds that
-    such code runs itself, each with the module whose code it is. The origins of a call are what was called before and
-    its inputs were computed from, and `INPUT`. Once `is_open` is False, of modules only more inputs of the calls found
-    so far are noted.
+    `calls` are the modules and the products called; `reaching` are those of these modules that call others which are
+    not in them, or are given others as arguments; `is_reaching` is whether `python` modules themselves do; `operations`
+    the names of other operations with multiply-adds that such code runs itself, each with the module whose code it is.
+    The origins of a call are what was called before and its inputs were computed from, and `INPUT`. Once `is_open` is
+    False, of modules only more inputs of the calls found so far are noted.
 
     Args:
         model: what is going to run.
@@ -46,11 +47,14 @@ class CallRecorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, python: Iterable[nn.Module]) -> None:
         super().__init__()
         self.calls: dict[nn.Module | Product, Calls] = {}
+        self.reaching: set[nn.Module] = set()
+        self.is_reaching = False
         self.operations: dict[str, nn.Module] = {}
         self.is_open = True
         self._model, self._python = model, set(python)
         self._paths = {module: path for path, module in model.named_modules()}
         self._stack: list[nn.Module] = []
+        self._members: dict[nn.Module, set[nn.Module]] = {}
         self._origins: Any = WeakIdKeyDictionary()
 
     @contextmanager
@@ -73,9 +77,29 @@ class CallRecorder(TorchFunctionMode):
         """Whether the code that runs now belongs to one of the Python modules."""
         return bool(self._stack) and self._stack[-1] in self._python
 
+    def _called_from_python(self) -> nn.Module | None:
+        """The module that Python code has called and that has not returned yet."""
+        called = None
+        for module in reversed(self._stack):
+            if module in self._python:
+                return called
+            called = module
+        return None
+
+    def _inside(self, module: nn.Module) -> set[nn.Module]:
+        if module not in self._members:
+            self._members[module] = set(module.modules())
+        return self._members[module]
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        called = self._called_from_python()
+        if called is not None and module not in self._inside(called):
+            self.reaching.add(called)
         if self._is_called_from_python() and module not in self._python and (self.is_open or module in self.calls):
             calls = self.calls.setdefault(module, Calls())
+            if holds_modules((args, kwargs)):
+                self.reaching.add(module)
+            self.is_reaching |= not any(module in self._inside(each) for each in self._stack if each in self._python)
             calls.origins.update(*(self._origins.get(tensor, ()) for tensor in tensors_in((args, kwargs))))
             kind = _kind((args, kwargs))
             if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors_in((args, kwargs))):

@@ -1,7 +1,8 @@
 """State that a model keeps in attributes from one call to the next, which no graph has."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,56 +10,34 @@ from torch import Tensor, fx, nn
 
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.held import MISSING, Snapshot, forward_hooks, has_forward_hooks, is_plain, kept_by, objects_in, proxies_in
 from saq_fx.operation_names import is_in_place
 from saq_fx.quantizers import Quantizer
 from saq_fx.sharpness import Buffers, HostRandom
 
-Kept = dict[tuple[nn.Module, str], Any]
-"""(module, name of an attribute or buffer that forward changes) -> what it was."""
 
-_MISSING: Any = object()
-_STRUCTURE = frozenset(vars(nn.Module()))
-_PLAIN = (bool, int, float, str, type(None))
+@dataclass(frozen=True, eq=False)
+class Held:
+    """An object, no module, that modules know by an attribute; its own equality and hash may be anything."""
+
+    value: Any
 
 
-class Snapshot:
-    """What a module's attributes or buffers are now, the contents of lists and dictionaries included."""
-
-    def __init__(self, held: Mapping[str, Any]) -> None:
-        self.values = {name: value for name, value in held.items() if name not in _STRUCTURE}
-        self.contents = {name: value.copy() for name, value in self.values.items() if type(value) in (list, dict)}
-
-    def before(self, name: str) -> Any:
-        """What an attribute was; a list or dictionary as a copy, to compare with."""
-        return self.contents.get(name, self.values.get(name, _MISSING))
-
-    def moved(self, held: Mapping[str, Any]) -> list[str]:
-        """The names under which forward has put a symbolic value, another number or another list."""
-        items = ((name, value) for name, value in held.items() if name not in _STRUCTURE)
-        return [name for name, value in items if _is_moved(value, self.before(name))]
-
-    def put_back(self, held: dict[str, Any], names: Iterable[str]) -> None:
-        """Makes these attributes what they were."""
-        for name in names:
-            if name not in self.values:
-                held.pop(name, None)
-                continue
-            held[name] = value = self.values[name]
-            if name in self.contents:
-                value.clear()
-                (value.update if isinstance(value, dict) else value.extend)(self.contents[name])
-
-    def restore(self, held: dict[str, Any]) -> None:
-        """Makes all attributes what they were."""
-        names = {*held, *self.values}.difference(_STRUCTURE)
-        self.put_back(held, [name for name in names if not is_same(held.get(name), self.before(name))])
+Kept = dict[tuple[nn.Module | Held, str], Any]
+"""(owner, name of an attribute or buffer that forward changes) -> what it was."""
 
 
 class Attributes:
-    """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches)."""
+    """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches).
 
-    def __init__(self, model: nn.Module) -> None:
+    And attributes of other objects that modules know, where these may be looked for, which takes longer.
+    """
+
+    def __init__(self, model: nn.Module, with_objects: bool = True) -> None:
         self._saved = {module: (Snapshot(vars(module)), Snapshot(module._buffers)) for module in model.modules()}
+        held = (each for attributes, _ in self._saved.values() for each in attributes.values.values())
+        objects = objects_in(held) if with_objects else []
+        self._objects = {Held(each): Snapshot(vars(each)) for each in objects}
 
     def restore(self, model: nn.Module) -> None:
         """Takes symbolic values, and numbers that forward changed, out of the attributes of a model or a part of it."""
@@ -66,28 +45,49 @@ class Attributes:
             for held, snapshot in zip((vars(module), module._buffers), self._saved.get(module, ()), strict=False):
                 snapshot.put_back(held, snapshot.moved(held))
 
+    def restore_all(self, model: nn.Module) -> None:
+        """The same of the whole model and of the other objects, which its parts may share."""
+        self.restore(model)
+        for each, snapshot in self._objects.items():
+            snapshot.put_back(vars(each.value), snapshot.moved(vars(each.value)))
+
+    def reject_given(self, leaf: nn.Module, path: str) -> None:
+        """Raises TracingError if forward has set attributes that the Python code of a leaf of the graph may read."""
+        modules = set(leaf.modules())
+        values = (value for each in modules for value in Snapshot(vars(each)).values.values())
+        known = {id(each) for each in objects_in(values)}
+        owners: list[tuple[nn.Module | Held, Snapshot]] = [(each, self._saved[each][0]) for each in modules]
+        owners += [(each, attributes) for each, attributes in self._objects.items() if id(each.value) in known]
+        for owner, attributes in owners:
+            for name in attributes.moved(_attributes_of(owner)):
+                raise TracingError(f"forward sets {name} for module {path!r}, which stays Python code")
+
     def kept(self, is_data: Callable[[fx.Node, bool], bool]) -> Kept:
         """What forward has changed such that a later call may know, as a memory or a counter but no cache of sizes."""
         found: Kept = {}
-        for module, (attributes, buffers) in self._saved.items():
-            for name in attributes.moved(vars(module)):
-                if _is_state(vars(module)[name], is_data):
-                    found[module, name] = attributes.values.get(name, _MISSING)
+        owners: dict[nn.Module | Held, Snapshot] = {each: attributes for each, (attributes, _) in self._saved.items()}
+        for owner, attributes in (owners | self._objects).items():
+            held = _attributes_of(owner)
+            for name in attributes.moved(held):
+                if _is_state(held[name], is_data):
+                    found[owner, name] = attributes.values.get(name, MISSING)
+        for module, (_, buffers) in self._saved.items():
             for name, buffer in module._buffers.items():
                 if (
                     isinstance(buffer, fx.Proxy)
                     and is_data(buffer.node, True)
                     and not _changes_in_place(buffer.node, name)
                 ):
-                    found[module, name] = buffers.values.get(name, _MISSING)
+                    found[module, name] = buffers.values.get(name, MISSING)
         return found
 
 
 class Forgotten:
     """Stands for an attribute that forward writes: reading it first is reading what an earlier call has left."""
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        vars(self)["message"] = f"{type(module).__name__}.{name} is kept from one call to the next, which no graph does"
+    def __init__(self, owner: nn.Module | Held, name: str) -> None:
+        kind = type(owner.value if isinstance(owner, Held) else owner).__name__
+        vars(self)["message"] = f"{kind}.{name} is kept from one call to the next, which no graph does"
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TracingError(vars(self)["message"])
@@ -104,22 +104,22 @@ class Forgotten:
 @contextmanager
 def forgotten(kept: Kept) -> Iterator[None]:
     """Within: these attributes can be written, but not be read first."""
-    for module, name in kept:
-        _holder(module, name)[name] = Forgotten(module, name)
+    for owner, name in kept:
+        _holder(owner, name)[name] = Forgotten(owner, name)
     try:
         yield
     finally:
-        for (module, name), before in kept.items():
-            if before is _MISSING:
-                _holder(module, name).pop(name, None)
+        for (owner, name), before in kept.items():
+            if before is MISSING:
+                _holder(owner, name).pop(name, None)
             else:
-                _holder(module, name)[name] = before
+                _holder(owner, name)[name] = before
 
 
-def reject_written_buffers(kept: Iterable[tuple[nn.Module, str]]) -> None:
+def reject_written_buffers(kept: Iterable[tuple[nn.Module | Held, str]]) -> None:
     """Raises TracingError if forward has put another tensor in the place of one that checkpoints hold."""
     for module, name in kept:
-        if name not in module._buffers or name in module._non_persistent_buffers_set:
+        if isinstance(module, Held) or name not in module._buffers or name in module._non_persistent_buffers_set:
             continue
         if not isinstance(module._buffers[name], Forgotten):
             raise TracingError(f"{type(module).__name__} assigns its buffer {name}, which no graph does")
@@ -141,13 +141,18 @@ def rejected_chance() -> Iterator[None]:
 class ForwardState:
     """What forward may change besides parameters, as it is now: buffers, and attributes of modules that run Python.
 
-    Also whether the levels of quantizers have been set.
+    Also what their hooks keep, and whether the levels of quantizers have been set.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = Buffers(model)
-        self._attributes = {module: Snapshot(vars(module)) for module in model.modules() if _runs_python(module)}
-        held = [value for each in self._attributes.values() for value in each.values.values()]
+        attributes = (vars(each) for each in model.modules() if runs_python(each))
+        of_modules: list[tuple[MutableMapping[str, Any], Snapshot]] = [(each, Snapshot(each)) for each in attributes]
+        objects = objects_in(value for _, each in of_modules for value in each.values.values())
+        others: list[MutableMapping[str, Any]] = [vars(each) for each in objects]
+        others += [each for hook in forward_hooks(model) for each in kept_by(hook)]
+        self._attributes = [*of_modules, *((each, Snapshot(each)) for each in others)]
+        held = [value for _, each in self._attributes for value in each.values.values()]
         tensors = [value for value in held if isinstance(value, Tensor) and value.layout is torch.strided]
         self._tensors = [(tensor, tensor.clone()) for tensor in tensors if 0 not in tensor.stride()]
         self._levels_set = [(each, each.initialized) for each in model.modules() if isinstance(each, Quantizer)]
@@ -158,8 +163,8 @@ class ForwardState:
         self._buffers.restore()
         for tensor, content in self._tensors:
             tensor.data.copy_(content)
-        for module, snapshot in self._attributes.items():
-            snapshot.restore(vars(module))
+        for attributes, snapshot in self._attributes:
+            snapshot.restore(attributes)
         for quantizer, initialized in self._levels_set:
             quantizer.initialized = initialized
 
@@ -185,55 +190,28 @@ def unmoved(model: nn.Module) -> Iterator[None]:
         chance.put_back()
 
 
-def _runs_python(module: nn.Module) -> bool:
+def runs_python(module: nn.Module) -> bool:
     """Whether forward is code of the model's own, which may keep state in attributes; graphs, and torch's, do not."""
     if isinstance(module, SaqGraphModule):
         return "_python_class" in vars(module)
-    return not type(module).__module__.startswith(("saq_fx.", "torch."))
+    return has_forward_hooks(module) or not type(module).__module__.startswith(("saq_fx.", "torch."))
 
 
-def _holder(module: nn.Module, name: str) -> dict[str, Any]:
-    return module._buffers if name in module._buffers else vars(module)
+def _attributes_of(owner: nn.Module | Held) -> dict[str, Any]:
+    return vars(owner.value if isinstance(owner, Held) else owner)
 
 
-def is_same(value: Any, before: Any) -> bool:
-    """Whether nothing was put in the place of what was there, nor into it."""
-    if value is before:
-        return True
-    if type(value) is not type(before) or type(value) not in (list, dict) or len(value) != len(before):
-        return False
-    if isinstance(value, dict):
-        return all(key in before and item is before[key] for key, item in value.items())
-    return all(item is other for item, other in zip(value, before, strict=True))
-
-
-def _is_moved(value: Any, before: Any) -> bool:
-    if value is before:
-        return False
-    if isinstance(value, _PLAIN):
-        return type(value) is not type(before) or value != before
-    return (type(value) in (list, dict) and not is_same(value, before)) or any(True for _ in _proxies(value))
+def _holder(owner: nn.Module | Held, name: str) -> dict[str, Any]:
+    return owner._buffers if isinstance(owner, nn.Module) and name in owner._buffers else _attributes_of(owner)
 
 
 def _is_state(value: Any, is_data: Callable[[fx.Node, bool], bool]) -> bool:
     """Whether what forward has put there is more than what the sizes of its inputs, or nothing at all, decide."""
-    proxies = list(_proxies(value))
+    proxies = list(proxies_in(value))
     if proxies:
         # A dictionary of what parameters give is a cache, which a graph computes anew.
         return any(is_data(proxy.node, not isinstance(value, dict)) for proxy in proxies)
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-    return all(isinstance(item, _PLAIN) for item in items)
-
-
-def _proxies(value: Any) -> Iterator[fx.Proxy]:
-    if isinstance(value, fx.Proxy):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _proxies(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _proxies(item)
+    return is_plain(value)
 
 
 def _changes_in_place(node: fx.Node, name: str) -> bool:

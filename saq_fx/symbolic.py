@@ -17,8 +17,10 @@ from saq_fx.bytecode import multiplies
 from saq_fx.errors import TracingError
 from saq_fx.given import given
 from saq_fx.guards import GuardedTracer
-from saq_fx.hooks import HookCalls, has_forward_hooks, preserve_hook_state
+from saq_fx.held import has_forward_hooks
+from saq_fx.hooks import HookCalls, preserve_hook_state
 from saq_fx.modes import flag_path
+from saq_fx.nested import holds_modules
 from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched
 from saq_fx.places import place_and_cause
@@ -85,14 +87,17 @@ class SymbolicTracer(GuardedTracer):
             if isinstance(module.__dict__["training"], TrainingMarker):
                 module.__dict__["training"].tracer = self
         try:
-            with patched(self), rejected_chance(), preserve_hook_state(root):
-                graph = super().trace(root, concrete_args)
+            with preserve_hook_state(root):
+                with patched(self), rejected_chance():
+                    graph = super().trace(root, concrete_args)
+                self.outside_of_graphs = self._hooks.settle(self.untraceable)
+            for path in self.untraceable:
+                self._attributes.reject_given(root.get_submodule(path), path)
             reject_written_buffers(self._forgotten)
             self.kept = self._attributes.kept(self.depends_on_data)
-            self.outside_of_graphs = self._hooks.settle(self.untraceable)
             return graph
         finally:
-            self._attributes.restore(root)
+            self._attributes.restore_all(root)
             self._examples.clear()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -184,7 +189,7 @@ class SymbolicTracer(GuardedTracer):
         """Records a leaf, follows any other module as far as it can be followed."""
         if self._examples.running or m not in self._paths:
             return forward(*args, **kwargs)
-        if has_forward_hooks(m) and self.arguments is not None:
+        if has_forward_hooks(m):
             with self._hooks.noted(m, self.path_of_module(m)):
                 return self._follow(m, forward, args, kwargs)
         return self._follow(m, forward, args, kwargs)
@@ -197,6 +202,7 @@ class SymbolicTracer(GuardedTracer):
         if path in self.untraceable:
             return self._python_leaf(path, args, kwargs)
         last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()
+        attributes = Attributes(m, with_objects=False)
         try:
             _reject_backward_hooks(m)
             with nullcontext() if type(m).__module__.startswith("torch.nn.") else rejected_chance():
@@ -205,13 +211,15 @@ class SymbolicTracer(GuardedTracer):
             return output
         except Exception as error:
             self.module_stack = stack
-            self._attributes.restore(m)
+            attributes.restore(m)
             self._erase_after(last)
             self.untraceable[path] = place_and_cause(error)
             return self._python_leaf(path, args, kwargs)
 
     def _python_leaf(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
         """A call of a module that stays Python code; an error if that changes what it is given other than tensors."""
+        if holds_modules((args, kwargs)):
+            raise TracingError(f"module {path!r} stays Python code, and is given a module that it may call")
         built = self._built
         proxy = self.create_proxy("call_module", path, args, kwargs)
         if self._built != built:
@@ -248,7 +256,8 @@ class SymbolicTracer(GuardedTracer):
         """One placeholder an argument; an argument fixed at its default gets a guard that rejects other values."""
         positional: list[Any] = [self.root]
         keyword: dict[str, Any] = {}
-        parameters = dict(list(inspect.signature(root_fn).parameters.items())[1:])
+        # Of the object: a model may have chosen among several forwards when it was made.
+        parameters = inspect.signature(self.root.forward).parameters
         for name, parameter in parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL and (self.arguments or {}).get(name):
                 raise TracingError(f"a graph takes no {parameter}")
@@ -271,7 +280,7 @@ class SymbolicTracer(GuardedTracer):
         return lambda root, *args: self._call_root(root, *args, **keyword), positional
 
     def _call_root(self, root: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with self._hooks.noted(root, "") if self.arguments is not None else nullcontext():
+        with self._hooks.noted(root, ""):
             return _symbolic_trace._orig_module_call(root, *args, **kwargs)
 
     def _open_attention(self, attention: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:

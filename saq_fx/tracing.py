@@ -21,7 +21,8 @@ from saq_fx.annotation import copy_record, update_record
 from saq_fx.errors import TracingError, TrainingError
 from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
-from saq_fx.hooks import HookTables, lists_of_hooks
+from saq_fx.held import shared_with_hooks
+from saq_fx.hooks import HookTables
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
 from saq_fx.nested import cloned
 from saq_fx.parametrized import make_picklable
@@ -103,7 +104,7 @@ def copied(model: nn.Module) -> nn.Module:
 
     try:
         with replaced(Tensor, __deepcopy__=__deepcopy__):
-            shared = {id(each): each for each in lists_of_hooks(model)}
+            shared = {id(each): each for each in shared_with_hooks(model)}
             own = copy.deepcopy(model, _copies_of_empty_tables(model) | shared)
     except Exception as error:
         raise TracingError(
@@ -284,6 +285,9 @@ def _run_tracer(model: nn.Module, arguments: _Arguments, leaves: Mapping[str, st
             graph = tracer.trace(model)
         if "" in tracer.outside_of_graphs:
             raise TracingError(tracer.outside_of_graphs[""])
+        if tracer.outside_of_graphs and arguments.inputs is None:
+            path, reason = next(iter(tracer.outside_of_graphs.items()))
+            raise TracingError(f"module {path!r}: {reason}; pass example_inputs to keep it")
         if tracer.outside_of_graphs:
             return _run_tracer(model, arguments, {**tracer.untraceable, **tracer.outside_of_graphs})
         if tracer.kept:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -325,7 +326,6 @@ class TiedAcrossParts(nn.Module):
         self.first = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6))
         self.second = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
         self.second[0].weight = self.first[2].weight
-
         self.asks = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -364,3 +364,145 @@ def test_a_weight_that_parts_share_has_one_perturbation(case: int) -> None:
     assert alike >= {"first.0.weight", "first.2.weight", "first.2.weight_quantizer.clipping_level", "second.2.weight"}
     for name in alike:
         assert torch.allclose(by_parts[name], whole[name], rtol=1e-5, atol=1e-7), name
+
+
+class Handing(nn.Module):
+    """Hands a head to its decoder, in one of several ways; the code of both may stay Python."""
+
+    def __init__(self, hand: Callable[[Any, Tensor], Tensor], in_python: tuple[bool, bool]) -> None:
+        super().__init__()
+        self.stem, self.head, self.hand, self.in_python = nn.Linear(4, 4), nn.Linear(4, 4), hand, in_python[0]
+        self.decoder = Taking(self.head, in_python[1])
+        self.hidden: list[Any] = [self.head]
+        self.hidden.append(self.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.in_python and x.mean() < -100:
+            x = 2 * x
+        return self.hand(self, x)
+
+    def twice(self, x: Tensor) -> Tensor:
+        return 2 * self.head(x)
+
+
+class Taking(nn.Module):
+    """Calls what it is given, or what it knows by an attribute that is no child."""
+
+    def __init__(self, other: nn.Module, in_python: bool) -> None:
+        super().__init__()
+        self.layer, self.others, self.in_python = nn.Linear(4, 4), (other,), in_python
+
+    def forward(self, x: Tensor, head: Any = None) -> Tensor:
+        x = self.layer(x)
+        if self.in_python and x.mean() < -100:
+            x = 2 * x
+        return (head or self.others[0])(x)
+
+
+HANDING = {
+    "argument": lambda m, x: m.decoder(x, m.head),
+    "keyword": lambda m, x: m.decoder(x, head=m.head),
+    "hidden": lambda m, x: m.decoder(x, m.hidden[0]),
+    "method": lambda m, x: m.decoder(x, m.twice),
+    "function": lambda m, x: m.decoder(x, lambda y: m.head(y) + x.sum()),
+    "known": lambda m, x: m.decoder(x),
+    "also_called": lambda m, x: m.decoder(x, m.head) + m.head(x),
+}
+
+
+@pytest.mark.parametrize("in_python", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("name", HANDING)
+def test_modules_handed_to_others_are_quantized(name: str, in_python: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    model, x = Handing(HANDING[name], in_python), torch.randn(3, 4)
+    graph = prepare_saq(model, example_inputs=x, precision=None)
+    for each in (x, x[:1]):
+        assert torch.equal(graph(each), model(each))
+    gm = prepare_saq(model, example_inputs=x)
+    found = precision_report(gm)
+    assert {row.name.partition("@")[0] for row in found.rows} == {"stem", "head", "decoder.layer"}
+    assert found.total_macs == (4 if name == "also_called" else 3) * 16
+    assert found.uncounted == ()
+    other = copy.deepcopy(gm)
+    assert torch.equal(other(x), gm(x))
+
+
+class Lending(nn.Module):
+    """A network makes the parameters of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.maker, self.small = nn.Linear(4, 4), nn.Linear(4, 10), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        made = self.maker(x.mean(0))
+        return torch.func.functional_call(self.small, {"weight": made[:8].view(2, 4), "bias": made[8:]}, (x,))
+
+
+def test_modules_that_are_lent_parameters() -> None:
+    torch.manual_seed(0)
+    model, x = Lending(), torch.randn(3, 4)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    for each in (x, x[:2]):
+        assert torch.equal(gm(each), model(each))
+    gm(x).sum().backward()
+    model(x).sum().backward()
+    assert torch.equal(gm.maker.weight.grad, model.maker.weight.grad)
+    assert gm.small.weight.grad is None
+    found = precision_report(prepare_saq(model, example_inputs=x))
+    assert [row.name for row in found.rows] == ["stem", "maker", "small"]
+    assert found.uncounted == ()
+
+
+class Chosen(nn.Module):
+    """Which forward it has was chosen when it was made; the code of one stays Python and multiplies itself."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.forward = getattr(self, name)
+
+    def traced(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.last(self.first(x)) * scale
+
+    def untraced(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = self.first(x)
+        return x @ self.last.weight.t() * scale if x.mean() > -100 else x
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", ["traced", "untraced"])
+def test_a_forward_of_the_object(name: str, inside: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Chosen(name), nn.ReLU()) if inside else Chosen(name), torch.randn(3, 4)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    for each in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert torch.equal(each(x), model(x))
+    assert inside or torch.equal(gm(x, scale=1.0), model(x))
+    found = precision_report(prepare_saq(model, example_inputs=x))
+    assert found.total_macs == 4 * 4 + 4 * 2
+    assert found.quantized_share == 1
+
+
+class Watched(nn.Module):
+    """Attention whose weights are asked for in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x, weights = self.attention(x, x, x, need_weights=self.training)
+        return self.head(x), weights
+
+
+def test_attention_that_gives_weights_in_training_only_is_listed() -> None:
+    model, x = Watched(), torch.randn(2, 3, 4)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    for training in (True, False):
+        (output, weights), (expected, others) = gm.train(training)(x), model.train(training)(x)
+        assert torch.equal(output, expected)
+        assert (weights is None) == (not training) == (others is None)
+    assert [name for name, _ in precision_report(prepare_saq(model, example_inputs=x)).uncounted] == ["attention"]

@@ -5,6 +5,7 @@ import functools
 import pickle
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -686,4 +687,89 @@ def test_hooks_that_untraceable_code_installs_are_installed_once() -> None:
     assert not model.is_installed
     assert record_of(gm).tracing == "by parts"
     for _ in range(2):
+        assert torch.equal(gm(x), model(x))
+
+
+class Memory:
+    """A state that is no module."""
+
+    def __init__(self) -> None:
+        self.last: Any = None
+
+    def update(self, h: Tensor) -> Tensor:
+        self.last, last = h.detach().mean(), self.last
+        return h if last is None else h + last
+
+
+def in_an_object(model: Any, h: Tensor) -> Tensor:
+    return model.memory.update(h)
+
+
+def in_a_queue(model: Any, h: Tensor) -> Tensor:
+    model.queue.append(h.detach().mean())
+    return h + sum(model.queue)
+
+
+def in_a_nested_list(model: Any, h: Tensor) -> Tensor:
+    model.table["means"].append(h.detach().mean())
+    return h * len(model.table["means"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "state"),
+    [
+        (in_an_object, lambda: {"memory": Memory()}),
+        (in_a_queue, lambda: {"queue": deque(maxlen=2)}),
+        (in_a_nested_list, lambda: {"table": {"means": []}}),
+    ],
+)
+def test_state_in_objects_and_containers(rule: Callable[[Any, Tensor], Tensor], state: Callable[[], Any]) -> None:
+    assert_captured(Ruled(rule, **state()), "by parts", V)
+
+
+def for_positions(model: Any, h: Tensor) -> Tensor:
+    if model.cache.last is None or len(model.cache.last) != h.shape[1]:
+        model.cache.last = torch.arange(h.shape[1], dtype=h.dtype)
+    return h + model.cache.last[:, None]
+
+
+def test_a_cache_of_sizes_in_an_object_is_none() -> None:
+    gm = assert_captured(Ruled(for_positions, cache=Memory()), "symbolic", V)
+    assert torch.equal(gm(V[:, :3]), gm(V)[:, :3])
+
+
+class Told(nn.Module):
+    """Python code that reads what others set for it."""
+
+    def __init__(self, memory: Memory | None) -> None:
+        super().__init__()
+        self.inner, self.memory, self.scale = nn.Linear(8, 8), memory, 1.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.inner(h) if h.mean() > -100 else h
+        return h * self.scale if self.memory is None else h * self.memory.last
+
+
+class Telling(Pair):
+    """Sets an attribute of another module, or of an object that it knows."""
+
+    def __init__(self, memory: Memory | None = None) -> None:
+        super().__init__()
+        self.told = Told(memory)
+
+    def between(self, h: Tensor) -> Tensor:
+        if self.told.memory is None:
+            self.told.scale = h.mean()
+        else:
+            self.told.memory.last = h.mean()
+        return self.told(h)
+
+
+@pytest.mark.parametrize("memory", [None, Memory()])
+def test_what_is_set_for_python_code_is_set_at_every_call(memory: Memory | None) -> None:
+    torch.manual_seed(0)
+    gm = prepare_saq(Telling(memory), example_inputs=V, precision=None)
+    torch.manual_seed(0)
+    model = Telling(memory)
+    for x in (V, 2 * V, V[:1]):
         assert torch.equal(gm(x), model(x))

@@ -99,7 +99,6 @@ LISTED: dict[str, tuple[Body, int]] = {
         2 * 3 * 6 * 9,
     ),
     "other_library": (lambda m, h: scaled_product(h, m.w), 0),
-    "einsum_of_three": (lambda m, h: torch.einsum("bij,jk,kl->bil", h, m.w, m.w), 2 * LINEAR_MACS),
 }
 
 

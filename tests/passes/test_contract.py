@@ -19,6 +19,7 @@ from saq_fx.passes.canonicalize import Canonicalize
 from saq_fx.passes.insert_perturbations import InsertPerturbations, RemovePerturbations
 from saq_fx.passes.insert_quantizers import InsertQuantizers
 from saq_fx.passes.open_attention import OpenAttention
+from saq_fx.passes.open_einsum import OpenEinsum
 from saq_fx.passes.reestimate_batchnorm import ReestimateBatchNorm
 from saq_fx.passes.relax_precision import RelaxPrecision
 from saq_fx.passes.train_saq import TrainSaq
@@ -32,6 +33,7 @@ def passes(inputs: Any) -> list[Pass]:
     return [
         Canonicalize(),
         OpenAttention(),
+        OpenEinsum(),
         AnnotateLayers(inputs),
         AssignPrecision(Policy.uniform("W4A4"), Precision(8, 8)),
         InsertQuantizers(),

@@ -40,10 +40,6 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            if not gc.get_freeze_count():
-                # Makes what is new count as old: the next collection would walk all of it.
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()
 
 

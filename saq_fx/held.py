@@ -98,6 +98,11 @@ def containers_in(values: Iterable[Any]) -> list[Any]:
     return [each for each in _walk(values) if type(each) in _CONTAINERS and _is(each, (list, dict))]
 
 
+def holds_modules(value: Any, into_objects: bool = False) -> bool:
+    """Whether a value is a module, or has one in its containers."""
+    return any(_is(each, nn.Module) for each in _walk([value], into_objects))
+
+
 def objects_in(values: Iterable[Any]) -> list[Any]:
     """The objects with attributes of their own that are among values, in their containers and in one another."""
     return [each for each in _walk(values, into_objects=True) if _is_object(each)]
@@ -202,9 +207,5 @@ def shared_with_hooks(model: nn.Module) -> Iterator[Any]:
         owner = getattr(hook, "__self__", hook)
         held = [value for each in kept_by(hook) for value in each.values()]
         for value in _walk([owner, *held]):
-            if (type(value) in _CONTAINERS or _is_object(value)) and not _holds_modules(value):
+            if (type(value) in _CONTAINERS or _is_object(value)) and not holds_modules(value, into_objects=True):
                 yield value
-
-
-def _holds_modules(value: Any) -> bool:
-    return any(_is(each, nn.Module) for each in _walk([value], into_objects=True))

@@ -16,12 +16,6 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [each for item in value for each in tensors_in(item)] if isinstance(value, list | tuple) else []
 
 
-def holds_modules(value: Any) -> bool:
-    """Whether a nested value has modules in it."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return isinstance(value, nn.Module) or any(map(holds_modules, items))
-
-
 def map_tensors(
     function: Callable[[Tensor], Any], value: Any, map_object: Callable[[Any], Any] = lambda value: value
 ) -> Any:

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from saq_fx.annotation import join_path
-from saq_fx.nested import cloned, holds_modules, tensors_in
+from saq_fx.held import holds_modules
+from saq_fx.nested import cloned, tensors_in
 from saq_fx.operators import arithmetic_called
 from saq_fx.products import OPENED_ATTENTION, Product, product_called
 

@@ -17,17 +17,16 @@ from saq_fx.bytecode import multiplies
 from saq_fx.errors import TracingError
 from saq_fx.given import given
 from saq_fx.guards import GuardedTracer
-from saq_fx.held import has_forward_hooks
+from saq_fx.held import has_forward_hooks, holds_modules
 from saq_fx.hooks import HookCalls, preserve_hook_state
 from saq_fx.modes import flag_path
-from saq_fx.nested import holds_modules
 from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched
 from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
 from saq_fx.runtime import build_object, class_name, find_class, is_importable, require_default, require_given
 from saq_fx.scopes import GradientFlow
-from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance
+from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance, runs_python
 
 _CONSTANTS = (bool, int, float, str, type(None))
 
@@ -202,7 +201,8 @@ class SymbolicTracer(GuardedTracer):
         if path in self.untraceable:
             return self._python_leaf(path, args, kwargs)
         last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()
-        attributes = Attributes(m, with_objects=False)
+        # Torch's own layers, which are most of the calls, have no code that sets any.
+        attributes = Attributes(m, with_objects=False) if m._modules or runs_python(m) else None
         try:
             _reject_backward_hooks(m)
             with nullcontext() if type(m).__module__.startswith("torch.nn.") else rejected_chance():
@@ -211,7 +211,8 @@ class SymbolicTracer(GuardedTracer):
             return output
         except Exception as error:
             self.module_stack = stack
-            attributes.restore(m)
+            if attributes is not None:
+                attributes.restore(m)
             self._erase_after(last)
             self.untraceable[path] = place_and_cause(error)
             return self._python_leaf(path, args, kwargs)

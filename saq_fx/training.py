@@ -104,8 +104,7 @@ class SAQ(Optimizer):
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer = base_optimizer
         self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
-        self.rho, self.case, self.period, self.beta = rho, case, period, beta
-        self.losses, self.perturb, self.adaptive = losses, perturb, adaptive
+        self.rho, self.period, self.beta, self.losses = rho, period, beta, losses
         self.chunk_size, self.second_pass_fraction = chunk_size, second_pass_fraction
         self.max_gradient_norm = max_gradient_norm
         self.last_step: StepStatistics | None = None

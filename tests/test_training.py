@@ -410,7 +410,6 @@ def test_leaves_that_are_gone_are_noticed() -> None:
     with pytest.raises(TrainingError, match=r"no longer has the leaves .* build SAQ anew"):
         run(gm, opt, data)
     opt = sgd(other, period=1, case=2)
-    opt.case = 3
     sgd(other, period=1, case=3)
     with pytest.raises(TrainingError, match="build SAQ anew"):
         run(other, opt, data)

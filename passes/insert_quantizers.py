@@ -1,9 +1,9 @@
 """Puts a quantizer node on every quantized tensor."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from saq_fx.annotation import LayerAnnotation, join_path, layer_nodes, record_of, update, update_record
 from saq_fx.dataflow import tensor_at
@@ -14,7 +14,7 @@ from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import LayerKey
 from saq_fx.quantizers import ClipActivationQuantizer, ClipWeightQuantizer, Quantizer, StepQuantizer
 from saq_fx.recipe import Recipe
-from saq_fx.rewriting import create_node
+from saq_fx.rewriting import create_node, set_arg
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,9 @@ class InsertQuantizers(Pass):
         """Rewrites `gm` in place; layers that have their quantizers already stay as they are."""
         annotations = [layer for _, layer in layers(gm)]
         has_attention = any(layer.is_product for layer in annotations)
-        scheme = self.recipe.scheme or ("lsq" if has_attention else "clip")
+        factory = _Factory(self.recipe, self.recipe.scheme or ("lsq" if has_attention else "clip"))
         signed = _signed_overrides(annotations, self.recipe)
         modified = record_of(gm).recipe != self.recipe
-        of_weights: _OfWeights = {}
         for path, part in graphs(gm):
             for node, layer in list(layer_nodes(part.graph)):
                 if layer.name in signed:
@@ -45,13 +44,9 @@ class InsertQuantizers(Pass):
                 # An operation may be named by a weight outside of its graph.
                 is_within = layer.name.startswith(path)
                 name = layer.name.removeprefix(path).removeprefix(".") if is_within else ""
-                site = _Site(part, node, layer, name, _placement(gm, part, layer), of_weights)
-                modified |= _insert_both(site, scheme, self.recipe)
+                modified |= _insert_both(_Site(part, node, layer, name, _placement(gm, part, layer)), factory)
         update_record(gm, recipe=self.recipe)
         return PassResult(gm, modified)
-
-
-_OfWeights: TypeAlias = dict[tuple[Any, ...], Quantizer]  # by the weight's tensor, in whatever part it is read
 
 
 @dataclass
@@ -63,7 +58,39 @@ class _Site:
     layer: LayerAnnotation
     name: str
     placement: dict[str, Any]
-    of_weights: _OfWeights
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of weights and of activations."""
+        precision = self.layer.precision
+        if precision is None:
+            raise ValueError(f"layer {self.layer.name} has no precision")
+        return precision.weight, precision.activation
+
+
+class _Factory:
+    """Makes quantizers by a recipe, whose scheme may be left to the network, and keeps those of weights."""
+
+    def __init__(self, recipe: Recipe, scheme: str) -> None:
+        self.recipe, self.scheme = recipe, scheme
+        self.of_weights: dict[tuple[Any, ...], Quantizer] = {}  # by the weight's tensor, in whatever part it is read
+
+    def for_activation(self, site: _Site, signed: bool) -> Quantizer:
+        """A quantizer of an activation."""
+        bits, like = site.bits[1], site.placement
+        if signed or self.recipe.activation_offsets:
+            return StepQuantizer(bits, signed=signed, offset=True, **like)
+        return (
+            StepQuantizer(bits, signed=False, **like) if self.scheme == "lsq" else ClipActivationQuantizer(bits, **like)
+        )
+
+    def for_weight(self, site: _Site, normalize: bool, channels: tuple[int, int] | None) -> Quantizer:
+        """A quantizer of a weight, with one level for each of the output channels, given as (axis, number)."""
+        bits, like = site.bits[0], site.placement
+        axis, count = channels if channels is not None else (0, None)
+        if self.scheme == "lsq":
+            return StepQuantizer(bits, signed=True, channels=count, channel_axis=axis, **like)
+        return ClipWeightQuantizer(bits, channels=count, channel_axis=axis, normalize=normalize, **like)
 
 
 def _placement(gm: SaqGraphModule, part: SaqGraphModule, layer: LayerAnnotation) -> dict[str, Any]:
@@ -75,14 +102,14 @@ def _placement(gm: SaqGraphModule, part: SaqGraphModule, layer: LayerAnnotation)
     return {"device": reference.device, "dtype": reference.dtype if reference.is_floating_point() else None}
 
 
-def _insert_both(site: _Site, scheme: str, recipe: Recipe) -> bool:
+def _insert_both(site: _Site, factory: _Factory) -> bool:
     layer = site.layer
     paths = {}
     if layer.input_quantizer is None and not layer.reads_network_input:
-        quantizer = _activation_quantizer(site, scheme, layer.activation_signed, recipe)
+        quantizer = factory.for_activation(site, layer.activation_signed)
         paths["input_quantizer"] = _insert(site, layer.activation_operand, "input_quantizer", quantizer)
     if layer.weight_quantizer is None:
-        paths["weight_quantizer"] = _insert_second(site, scheme, recipe)
+        paths["weight_quantizer"] = _insert_second(site, factory)
     if paths:
         update(site.node, **paths)
     return bool(paths)
@@ -99,25 +126,24 @@ def _signed_overrides(annotations: list[LayerAnnotation], recipe: Recipe) -> dic
     return overrides
 
 
-def _insert_second(site: _Site, scheme: str, recipe: Recipe) -> str:
+def _insert_second(site: _Site, factory: _Factory) -> str:
     """Quantizes the weight, or a product's second operand; the quantizer's path."""
-    gm, node, layer = site.graph_module, site.node, site.layer
+    gm, node, layer, recipe = site.graph_module, site.node, site.layer, factory.recipe
     if layer.is_product:
-        quantizer = _activation_quantizer(site, scheme, layer.weight_signed, recipe)
+        quantizer = factory.for_activation(site, layer.weight_signed)
         return _insert(site, layer.weight_operand, "other_quantizer", quantizer)
     weight: fx.Node = node.args[layer.weight_operand]  # type: ignore[assignment]
     shared = next((user for user in weight.users if _is_weight_quantizer(gm, user)), None)
     if shared is not None:
         node.replace_input_with(weight, shared)
         return str(shared.target)
-    channels = _output_channels(gm, layer, weight) if recipe.per_channel else None
-    normalize = recipe.normalize_weights and layer.op.startswith("conv") and _feeds_batchnorm(gm, node)
     tensor = tensor_at(gm, str(weight.target)) if weight.op == "get_attr" else None
+    channels = _output_channels(layer, tensor) if recipe.per_channel else None
+    normalize = recipe.normalize_weights and layer.op.startswith("conv") and _feeds_batchnorm(gm, node)
     key = (weight if tensor is None else id(tensor), normalize, channels)
-    if key not in site.of_weights:
-        site.of_weights[key] = _weight_quantizer(site, scheme, normalize, channels)
-    quantizer = site.of_weights[key]
-    return _insert(site, layer.weight_operand, "weight_quantizer", quantizer)
+    if key not in factory.of_weights:
+        factory.of_weights[key] = factory.for_weight(site, normalize, channels)
+    return _insert(site, layer.weight_operand, "weight_quantizer", factory.of_weights[key])
 
 
 def _feeds_batchnorm(gm: SaqGraphModule, node: fx.Node) -> bool:
@@ -132,32 +158,10 @@ def _is_weight_quantizer(gm: SaqGraphModule, node: fx.Node) -> bool:
     return isinstance(called_module(gm, node), Quantizer)
 
 
-def _activation_quantizer(site: _Site, scheme: str, signed: bool, recipe: Recipe) -> Quantizer:
-    bits, like = _precision(site.layer)[1], site.placement
-    if signed or recipe.activation_offsets:
-        return StepQuantizer(bits, signed=signed, offset=True, **like)
-    return StepQuantizer(bits, signed=False, **like) if scheme == "lsq" else ClipActivationQuantizer(bits, **like)
-
-
-def _weight_quantizer(site: _Site, scheme: str, normalize: bool, channels: tuple[int, int] | None) -> Quantizer:
-    bits, like = _precision(site.layer)[0], site.placement
-    axis, count = channels if channels is not None else (0, None)
-    if scheme == "lsq":
-        return StepQuantizer(bits, signed=True, channels=count, channel_axis=axis, **like)
-    return ClipWeightQuantizer(bits, channels=count, channel_axis=axis, normalize=normalize, **like)
-
-
-def _precision(layer: LayerAnnotation) -> tuple[int, int]:
-    if layer.precision is None:
-        raise ValueError(f"layer {layer.name} has no precision")
-    return layer.precision.weight, layer.precision.activation
-
-
-def _output_channels(gm: SaqGraphModule, layer: LayerAnnotation, weight: fx.Node) -> tuple[int, int] | None:
+def _output_channels(layer: LayerAnnotation, weight: Tensor | None) -> tuple[int, int] | None:
     """Axis and number of a weight's output channels; None (one level a tensor) where the axis depends on the call."""
     axis = operator_named(layer.op).channel_axis
-    tensor = tensor_at(gm, str(weight.target)) if weight.op == "get_attr" else None
-    shape = tuple(tensor.shape) if tensor is not None else layer.weight_shape
+    shape = tuple(weight.shape) if weight is not None else layer.weight_shape
     swapped = layer.weight_operand < layer.activation_operand
     if axis is None or shape is None or swapped or len(shape) < 2:
         return None
@@ -171,7 +175,7 @@ def _insert(site: _Site, operand: int, name: str, quantizer: Quantizer) -> str:
     path = _quantizer_path(gm, site.name, name)
     gm.add_submodule(path, quantizer)
     with gm.graph.inserting_after(source) if name == "weight_quantizer" else gm.graph.inserting_before(node):
-        node.update_arg(operand, create_node(gm.graph, "call_module", path, (source,)))
+        set_arg(node, operand, create_node(gm.graph, "call_module", path, (source,)))
     return path
 
 

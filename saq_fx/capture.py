@@ -20,6 +20,7 @@ from torch.nn.modules import module as _calls
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from saq_fx.annotation import join_path, record_of, update_record
+from saq_fx.copying import copied
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
@@ -36,7 +37,6 @@ from saq_fx.tracing import (
     ExampleInputs,
     Inputs,
     bound_arguments,
-    copied,
     frozen_modes,
     modes_of,
     split_inputs,

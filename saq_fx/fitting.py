@@ -1,7 +1,8 @@
 """How clipping levels are first fitted to data."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,11 +42,31 @@ Observed = dict[str, dict[int, Observer]]
 """Name of a layer -> position of an operand -> what it was when the layer ran."""
 
 
+def largest_magnitudes(tensors: Sequence[Tensor]) -> list[float]:
+    """Of each tensor the largest magnitude: 0 where it is empty, not finite where it holds what is not."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        alike[tensor.shape, tensor.dtype, tensor.device].append(index)
+    found = [0.0] * len(tensors)
+    for indices in alike.values():
+        for batch in in_batches((index, tensors[index]) for index in indices):
+            _, first = batch[0]
+            if first.numel():
+                together = torch.stack([tensor for _, tensor in batch]).flatten(1) if len(batch) > 1 else None
+                low, high = first.aminmax() if together is None else together.aminmax(dim=1)
+                for (index, _), value in zip(batch, torch.maximum(-low, high).flatten().tolist(), strict=True):
+                    found[index] = value
+    return found
+
+
 def rows_of(x: Tensor, level: Tensor, axis: int) -> Tensor:
     """(levels, elements that share one), evenly thinned out where they are many, in single precision at least."""
     rows = x.reshape(1, -1) if level.numel() == 1 else x.movedim(axis, 0).flatten(1)
-    stride = max(1, x.numel() // _SAMPLES)
-    return rows[:, ::stride].to(torch.promote_types(level.dtype, torch.float32))
+    stride = x.numel() // _SAMPLES
+    rows = rows[:, ::stride] if stride > 1 else rows
+    return (
+        rows if rows.dtype is torch.float32 is level.dtype else rows.to(torch.promote_types(level.dtype, torch.float32))
+    )
 
 
 def in_batches(rows: Iterable[tuple[_Owner, Tensor]]) -> Iterator[list[tuple[_Owner, Tensor]]]:

@@ -23,6 +23,8 @@ def add_properties(module: nn.Module) -> None:
 def make_picklable(model: nn.Module) -> None:
     """Gives the parametrized modules of a model classes that pickle; those that they had stay as they are."""
     for module in model.modules():
+        if "parametrizations" not in module._modules:
+            continue  # the question below takes longer
         kind = type(module)
         if parametrize.is_parametrized(module) and "__reduce_ex__" not in vars(kind):
             own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from saq_fx.annotation import LayerAnnotation, record_of
 from saq_fx.capture import capture
+from saq_fx.copying import copied
 from saq_fx.errors import CalibrationError, PassError, PrecisionError, SaqError, TracingError
 from saq_fx.fitting import Observed
 from saq_fx.graph import SaqGraphModule, layers
@@ -28,7 +29,7 @@ from saq_fx.precision import Policy, Precision
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
 from saq_fx.shapes import does_not_run, failure_of
-from saq_fx.tracing import ExampleInputs, copied, split_inputs
+from saq_fx.tracing import ExampleInputs, split_inputs
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from saq_fx.fake_quantization import (
     lsq,
     lsq_plus,
 )
-from saq_fx.fitting import fit_level, in_batches, rows_of
+from saq_fx.fitting import fit_level, in_batches, largest_magnitudes, rows_of
 from saq_fx.precision import FLOAT_BITS, MAX_BITS, MIN_BITS
 
 _SMALLEST_SHARE = 0.1
@@ -45,12 +45,12 @@ class Quantizer(nn.Module):
     """
 
     signed: bool
+    initialized = False
     smallest_level: Tensor
 
     def __init__(self, bits: int, level: Tensor) -> None:
         super().__init__()
         self.bits = _checked_bits(bits)
-        self.initialized = False
         self.register_buffer("smallest_level", torch.zeros_like(level))
 
     @property
@@ -306,38 +306,38 @@ def initialize_all(data: Iterable[tuple[Quantizer, Tensor]], method: str = "mse"
 
     Returns those that keep their levels since their data is not finite.
     """
+    pairs = [(quantizer, x.detach()) for quantizer, x in data]
     rejected = []
     alike: dict[Any, list[tuple[Quantizer, Tensor]]] = defaultdict(list)
-    for quantizer, x in data:
-        low, high = (float(each) for each in x.aminmax()) if x.numel() else (0.0, 0.0)
-        if not (math.isfinite(low) and math.isfinite(high)):
+    for (quantizer, x), largest in zip(pairs, largest_magnitudes([x for _, x in pairs]), strict=True):
+        if not math.isfinite(largest):
             rejected.append(quantizer)
-        elif low == high == 0 or quantizer.bits == FLOAT_BITS:
-            quantizer.level.fill_(1)
-            _finish([quantizer])
+        elif largest == 0 or quantizer.bits == FLOAT_BITS:
+            _set_levels([quantizer], [torch.ones_like(each) for each in quantizer.level_parameters[:1]])
             quantizer.initialized &= x.numel() > 0  # what is empty tells nothing
         else:
-            rows = quantizer.rows(x.detach())
+            rows = quantizer.rows(x)
             alike[quantizer.grid, rows.shape[1], rows.dtype, rows.device].append((quantizer, rows))
     for group in alike.values():
         for batch in in_batches(group):
-            quantizers = [quantizer for quantizer, _ in batch]
-            values = quantizers[0].fitted(torch.cat([rows for _, rows in batch]), method)
-            counts = [len(rows) for _, rows in batch]
-            for levels, each in zip(zip(*(q.level_parameters for q in quantizers), strict=True), values, strict=True):
-                torch._foreach_copy_(levels, torch.split(each.flatten(), counts))
-            _finish(quantizers)
+            rows = torch.cat([rows for _, rows in batch])
+            _set_levels([quantizer for quantizer, _ in batch], batch[0][0].fitted(rows, method))
     return rejected
 
 
-def _finish(quantizers: list[Quantizer]) -> None:
-    """Notes of quantizers that their levels are set."""
-    levels: list[Tensor] = [quantizer.level for quantizer in quantizers]
-    smallest = [quantizer.smallest_level for quantizer in quantizers]
+def _set_levels(quantizers: list[Quantizer], values: Sequence[Tensor]) -> None:
+    """Gives quantizers of one grid the values of their `level_parameters`, one row a level, and notes that."""
+    parameters = [quantizer.level_parameters for quantizer in quantizers]
+    first = parameters[0][0]
+    counts = [each.numel() for each, *_ in parameters]
     # Dividing by less than normal numbers overflows.
-    torch._foreach_clamp_min_(levels, [16 * torch.finfo(level.dtype).tiny for level in levels])
-    torch._foreach_copy_(smallest, levels)
-    torch._foreach_mul_(smallest, _SMALLEST_SHARE)
+    levels = values[0].to(first.dtype).clamp_min(16 * torch.finfo(first.dtype).tiny)
+    targets = [quantizer.smallest_level for quantizer in quantizers]
+    sources = [*(levels * _SMALLEST_SHARE).flatten().split(counts)]
+    for index, each in enumerate((levels, *values[1:])):
+        targets += [of_one[index] for of_one in parameters]
+        sources += each.flatten().split(counts)
+    torch._foreach_copy_(targets, sources)
     for quantizer in quantizers:
         quantizer.initialized = quantizer.bits != FLOAT_BITS
 

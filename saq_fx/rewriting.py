@@ -14,8 +14,18 @@ Tracer = fx.proxy.GraphAppendingTracer
 def create_node(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = ()) -> fx.Node:
     """As `fx.Graph.create_node`, which takes about twice as long: it looks for symbolic sizes and makes up names."""
     node = graph.create_node(op, target, name=target.replace(".", "_") if isinstance(target, str) else None)
-    node.args = args
+    set_args(node, args)
     return node
+
+
+def set_args(node: fx.Node, args: tuple[Any, ...]) -> None:
+    """As `node.args = args`, which also takes the node out of the table of its graph's targets and puts it back."""
+    fx.Node.args.fset(node, args)  # type: ignore[attr-defined]
+
+
+def set_arg(node: fx.Node, position: int, value: fx.Node) -> None:
+    """As `node.update_arg`; see `set_args`."""
+    set_args(node, (*node.args[:position], value, *node.args[position + 1 :]))
 
 
 def as_proxies(value: Any, tracer: Tracer) -> Any:

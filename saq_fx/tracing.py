@@ -5,30 +5,26 @@ tracing, by a marker: where the flag is passed on to a function it becomes a nod
 where it steers an `if`, the model is traced in both modes and the two graphs are merged (`saq_fx.modes`).
 """
 
-import copy
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from saq_fx.annotation import copy_record, update_record
+from saq_fx.copying import copied
 from saq_fx.errors import TracingError, TrainingError
 from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
-from saq_fx.held import shared_with_hooks
 from saq_fx.hooks import HookTables
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
 from saq_fx.nested import cloned
-from saq_fx.parametrized import make_picklable
 from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
-from saq_fx.scopes import replaced
 from saq_fx.sharpness import preserve_buffers
 from saq_fx.state import Kept, forgotten, unmoved
 from saq_fx.symbolic import SymbolicTracer
@@ -92,33 +88,6 @@ def trace_symbolically(
     gm.keep_modes(frozen)
     update_record(gm, tracing="symbolic")
     return gm, untraceable
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; raises TracingError, saying why and what to do, for a model that has none."""
-    original: Callable[[Tensor, dict[int, Tensor]], Tensor] = Tensor.__deepcopy__
-
-    def __deepcopy__(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
-        # What an earlier call has left, and weights that hooks (weight_norm, spectral_norm, prune) make at each call.
-        return original(tensor, memo) if tensor.is_leaf else memo.setdefault(id(tensor), tensor.detach().clone())
-
-    try:
-        with replaced(Tensor, __deepcopy__=__deepcopy__):
-            shared = {id(each): each for each in shared_with_hooks(model)}
-            own = copy.deepcopy(model, _copies_of_empty_tables(model) | shared)
-    except Exception as error:
-        raise TracingError(
-            f"{type(model).__name__} cannot be copied ({error}), and prepare_saq never changes the model it is given: "
-            "remove attributes that do not deepcopy, such as open files"
-        ) from error
-    make_picklable(own)
-    return own
-
-
-def _copies_of_empty_tables(model: nn.Module) -> dict[int, Any]:
-    """A memo for `deepcopy` that knows all empty tables, ten of hooks a module, which take most of its time."""
-    values = (value for module in model.modules() for value in vars(module).values())
-    return {id(value): type(value)() for value in values if type(value) in (OrderedDict, dict, set) and not value}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""Copies of modules against `copy.deepcopy`."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from saq_fx.copying import copied, copy_module
+from tests.zoo import ZOO
+
+
+class Sharing(nn.Module):
+    """A weight that is tied, an attribute that two modules know, and modules in containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.known: dict[str, Tensor] = {}
+        self.first.known = self.second.known = self.known
+        self.listed = [self.second, {"first": self.first}]
+        self.register_buffer("absent", None)
+        self.register_buffer("scale", torch.ones(2), persistent=False)
+        self.itself = self.first._forward_hooks
+        self.handle = self.second.register_forward_hook(double)
+        self.removed = self.first.register_forward_hook(double)
+        self.removed.remove()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.second(self.first(x))
+        return output
+
+
+def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+class Stated(nn.Linear):
+    """Says itself what is copied of it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "copied": True}
+
+
+def test_what_modules_share_their_copies_share() -> None:
+    model = Sharing()
+    own = copy_module(model)
+    assert list(vars(own)) == list(vars(model))
+    assert own.second.weight is own.first.weight is not model.first.weight
+    assert own.first.known is own.second.known is own.known is not model.known
+    assert own.listed[0] is own.second
+    assert own.listed[1]["first"] is own.first
+    assert own.itself is own.first._forward_hooks
+    assert set(own.state_dict()) == set(model.state_dict())
+    x = torch.randn(2, 3)
+    assert torch.equal(own(x), model(x))
+    own.handle.remove()
+    assert torch.equal(2 * own(x), model(x))
+
+
+def test_classes_that_say_how_they_are_copied_are_obeyed() -> None:
+    stated = Stated(2, 2)
+    own = copy_module(nn.Sequential(stated))
+    assert own[0].copied
+    assert torch.equal(own[0].weight, stated.weight)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.LSTM(3, 4), parametrizations.weight_norm(nn.Linear(3, 3)), nn.BatchNorm2d(3), nn.MultiheadAttention(4, 2)],
+    ids=lambda module: type(module).__name__,
+)
+def test_torchs_modules_are_copied_as_by_deepcopy(module: nn.Module) -> None:
+    expected, own = copy.deepcopy(module), copy_module(module)
+    assert type(own) is type(expected)
+    assert vars(own).keys() == vars(expected).keys()
+    for (name, tensor), (other, its) in zip(own.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(tensor, its)
+    mine = {tensor.data_ptr() for tensor in own.state_dict().values()}
+    assert mine.isdisjoint(tensor.data_ptr() for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_copies_of_all_models_have_their_attributes(name: str) -> None:
+    model = ZOO[name].make()
+    expected, own = copy.deepcopy(model), copied(model)
+    for (path, module), (other, its) in zip(own.named_modules(), expected.named_modules(), strict=True):
+        assert path == other
+        assert vars(module).keys() == vars(its).keys()
+        plain = {key: each for key, each in vars(its).items() if isinstance(each, bool | int | float | str)}
+        assert {key: vars(module)[key] for key in plain} == plain
+    assert all(torch.equal(*pair) for pair in zip(own.parameters(), expected.parameters(), strict=True))

@@ -21,9 +21,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from saq_fx.annotation import join_path, record_of, update_record
 from saq_fx.copying import copied
+from saq_fx.eager import run_eagerly, without_fused_layers
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
-from saq_fx.graph import SaqGraphModule, run_eagerly, without_fused_layers
+from saq_fx.graph import SaqGraphModule
 from saq_fx.held import STRUCTURE, containers_in
 from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned

@@ -1,28 +1,21 @@
 """The graph module that the compiler works on: an `fx.GraphModule` that loses nothing when copied or pickled."""
 
 import copy
-import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from types import MappingProxyType, MethodType, new_class
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from types import new_class
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx.graph_module import _copy_attr
-from torch.fx.node import _get_qualified_name
 
 from saq_fx import annotation
 from saq_fx.annotation import LayerAnnotation, join_path, record_of
+from saq_fx.eager import keep_forward, run_eagerly
 from saq_fx.errors import TracingError
 from saq_fx.parametrized import add_properties, plain_class
+from saq_fx.pickling import dump_graph, load_graph
 from saq_fx.precision import Precision
-
-ROUTED = "_routed"
-"""The attribute of a module that runs its code in the place of `forward` (see `saq_fx.products`)."""
-
-_FORWARD = "_own_forward"
 
 
 class _Forward:
@@ -170,7 +163,7 @@ class SaqGraphModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
         # The state comes after the object, for what is in it may refer to it.
-        return _empty, (), (state, _dump_graph(self.graph)), None, None, _rebuild
+        return _empty, (), (state, dump_graph(self.graph)), None, None, _rebuild
 
 
 # What graph modules have that others have not.
@@ -191,77 +184,6 @@ def _order_as(module: nn.Module, model: nn.Module) -> None:
             _order_as(child, of_model)
 
 
-def _dump_graph(graph: fx.Graph) -> dict[str, Any]:
-    """The graph as plain data: nodes by position, references to nodes as `_Reference`."""
-    position = {node: index for index, node in enumerate(graph.nodes)}
-
-    def by_position(value: Any) -> Any:
-        reference: Any = lambda node: _Reference(position[node])  # noqa: E731
-        return fx.map_arg(value, reference)
-
-    nodes = [
-        (node.op, node.name, _dump_target(node.target), by_position(node.args), by_position(node.kwargs))
-        for node in graph.nodes
-    ]
-    return {"nodes": nodes, "metas": annotation.dump_meta(graph.nodes), "codegen": graph._codegen}
-
-
-def _dump_target(target: Any) -> Any:
-    """A function by its public name, since several of torch's (`F.max_pool2d`, operator overloads) do not pickle."""
-    if isinstance(target, str):
-        return target
-    name = _get_qualified_name(target)
-    return _Function(name) if _find_function(name) is target else target
-
-
-def _find_function(name: str) -> Any:
-    module, *path = name.split(".") if "." in name else ("builtins", name)
-    found: Any = importlib.import_module(module)
-    for part in path:
-        found = getattr(found, part, None)
-    return found
-
-
-class _Function:
-    """Stands for a function of a pickled graph, by its qualified name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class _Reference:
-    """Stands for the node at a position of a pickled graph."""
-
-    def __init__(self, position: int) -> None:
-        self.position = position
-
-
-def _load_graph(data: dict[str, Any]) -> fx.Graph:
-    graph = fx.Graph()
-    nodes: list[fx.Node] = []
-    for op, name, target, args, kwargs in data["nodes"]:
-        target = _find_function(target.name) if isinstance(target, _Function) else target
-        node = graph.create_node(op, target, _resolve(args, nodes), _resolve(kwargs, nodes), name=name)
-        nodes.append(node)
-    annotation.restore_meta(nodes, data["metas"])
-    graph.set_codegen(data["codegen"])
-    return graph
-
-
-def _resolve(value: Any, nodes: list[fx.Node]) -> Any:
-    if isinstance(value, _Reference):
-        return nodes[value.position]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_resolve(item, nodes) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_resolve(item, nodes) for item in value)
-    if isinstance(value, dict):
-        return {key: _resolve(item, nodes) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_resolve(item, nodes) for item in (value.start, value.stop, value.step)))
-    return value
-
-
 def _empty() -> SaqGraphModule:
     module: SaqGraphModule = SaqGraphModule.__new__(SaqGraphModule)
     return module
@@ -271,7 +193,7 @@ def _rebuild(module: SaqGraphModule, dumped: tuple[dict[str, Any], dict[str, Any
     state, graph = dumped
     module.__dict__.update(state)
     module._take_class()
-    module.graph = _load_graph(graph)
+    module.graph = load_graph(graph)
 
 
 def _read_bits(gm: Any, incompatible_keys: Any) -> None:
@@ -285,64 +207,6 @@ def _read_bits(gm: Any, incompatible_keys: Any) -> None:
         if layer.input_quantizer is not None:
             activation = getattr(gm.get_submodule(layer.input_quantizer), "bits", activation)
         annotation.update(node, precision=Precision(weight, activation))
-
-
-@contextmanager
-def without_fused_layers() -> Iterator[None]:
-    """Within: `nn.TransformerEncoderLayer` calls its children instead of one fused operation on their parameters."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def run_eagerly(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    more_args: Sequence[Any] = (),
-    more_kwargs: Mapping[str, Any] = MappingProxyType({}),
-    defaults: Mapping[str, Any] = MappingProxyType({}),
-) -> Any:
-    """Runs a model's forward as Python does: the one operation of a graph that stands for an untraceable model.
-
-    Arguments at their `defaults` are not passed: a decorator of forward may set what is not passed.
-    """
-    kwargs = {
-        name: value
-        for name, value in kwargs.items()
-        if name not in defaults or type(value) is not type(defaults[name]) or value != defaults[name]
-    }
-    forward = vars(model).get(ROUTED) or own_forward(model)
-    with without_fused_layers():
-        return forward(model, *args, *more_args, **kwargs, **more_kwargs)
-
-
-def own_forward(model: nn.Module) -> Callable[..., Any]:
-    """The forward of a model's code: of its class, if it was not given another (see `keep_forward`)."""
-    forward: Callable[..., Any] = vars(model).get(_FORWARD, type(model).forward)
-    return forward
-
-
-def keep_forward(holder: nn.Module, model: nn.Module) -> None:
-    """Notes the forward that a model was given itself where a graph or routed calls take its place in `holder`."""
-    forward = vars(holder).pop("forward", None)
-    if forward is not None:
-        is_method = getattr(forward, "__self__", None) is model
-        vars(holder)[_FORWARD] = forward.__func__ if is_method else partial(_without_object, forward)
-
-
-def restore_forward(model: nn.Module) -> None:
-    """Undoes `keep_forward`."""
-    vars(model).pop("forward", None)
-    if _FORWARD in vars(model):
-        vars(model)["forward"] = MethodType(vars(model).pop(_FORWARD), model)
-
-
-def _without_object(forward: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs)
 
 
 def call_arguments(node: fx.Node, values: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

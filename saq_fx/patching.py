@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from saq_fx.bytecode import asks_for_type, multiplies
+from saq_fx.eager import without_fused_layers
 from saq_fx.errors import TracingError
-from saq_fx.graph import without_fused_layers
 from saq_fx.proxies import IN_PLACE_OPERATORS, GuardedAttribute, GuardedProxy, TrainingMarker, find_proxy
 from saq_fx.runtime import apply_function, class_name, is_importable
 from saq_fx.scopes import followed_scopes, is_recording, replaced

@@ -20,15 +20,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from saq_fx.annotation import update_record
-from saq_fx.graph import (
-    ROUTED,
-    SaqGraphModule,
-    attribute_at,
-    keep_forward,
-    own_forward,
-    restore_forward,
-    unused_path,
-)
+from saq_fx.eager import ROUTED, keep_forward, own_forward, restore_forward
+from saq_fx.graph import SaqGraphModule, attribute_at, unused_path
 from saq_fx.operators import Operator, operator_called
 from saq_fx.places import is_library, line_of_user
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from saq_fx.annotation import Shape, record_of
+from saq_fx.eager import without_fused_layers
 from saq_fx.errors import TracingError, with_notes
 from saq_fx.example_values import evaluation_flags
 from saq_fx.fitting import Observer
-from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_module, graphs, without_fused_layers
+from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_module, graphs
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in

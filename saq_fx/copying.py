@@ -42,11 +42,13 @@ def copied(model: nn.Module) -> nn.Module:
 def copy_module(module: _Module, memo: _Memo | None = None) -> _Module:
     """As `copy.deepcopy`, which spends most of its time on the ten tables that each module has, nearly all empty."""
     memo = {} if memo is None else memo
-    if id(module) in memo or not _is_copied_by_attributes(type(module)):
+    kind: Any = type(module)
+    if id(module) in memo or not _is_copied_by_attributes(kind):
         return copy.deepcopy(module, memo)
-    own: _Module = object.__new__(type(module))
+    own: _Module = object.__new__(kind)
     memo[id(module)], attributes = own, vars(own)
-    for name, value in module.__getstate__().items():
+    state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+    for name, value in state.items():
         if type(value) in _IMMUTABLE:
             attributes[name] = value
         elif name in STRUCTURE and id(value) not in memo:
@@ -63,7 +65,7 @@ def _copy(value: Any, memo: _Memo) -> Any:
 
 
 @cache
-def _is_copied_by_attributes(kind: type[nn.Module]) -> bool:
+def _is_copied_by_attributes(kind: Any) -> bool:
     """Whether `copy.deepcopy` would copy the attributes of such a module, one by one, and do nothing else."""
     return (
         not hasattr(kind, "__deepcopy__")

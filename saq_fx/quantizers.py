@@ -317,7 +317,7 @@ def initialize_all(data: Iterable[tuple[Quantizer, Tensor]], method: str = "mse"
             quantizer.initialized &= x.numel() > 0  # what is empty tells nothing
         else:
             rows = quantizer.rows(x)
-            alike[quantizer.grid, rows.shape[1], rows.dtype, rows.device].append((quantizer, rows))
+            alike[quantizer.grid, rows.shape[1], quantizer.level.dtype, rows.device].append((quantizer, rows))
     for group in alike.values():
         for batch in in_batches(group):
             rows = torch.cat([rows for _, rows in batch])
@@ -333,10 +333,10 @@ def _set_levels(quantizers: list[Quantizer], values: Sequence[Tensor]) -> None:
     # Dividing by less than normal numbers overflows.
     levels = values[0].to(first.dtype).clamp_min(16 * torch.finfo(first.dtype).tiny)
     targets = [quantizer.smallest_level for quantizer in quantizers]
-    sources = [*(levels * _SMALLEST_SHARE).flatten().split(counts)]
+    sources = [*torch.split((levels * _SMALLEST_SHARE).flatten(), counts)]
     for index, each in enumerate((levels, *values[1:])):
         targets += [of_one[index] for of_one in parameters]
-        sources += each.flatten().split(counts)
+        sources += torch.split(each.flatten(), counts)
     torch._foreach_copy_(targets, sources)
     for quantizer in quantizers:
         quantizer.initialized = quantizer.bits != FLOAT_BITS

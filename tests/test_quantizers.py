@@ -244,6 +244,9 @@ def test_many_are_initialized_as_each_by_itself(method: str) -> None:
     alone = copy.deepcopy(together)
     tensors = [data() * scale for scale, _ in enumerate(together)]
     tensors[5], tensors[9] = torch.randn(3, 500, 40), torch.full((3, 5, 4), float("nan"))
+    for index, dtype in ((1, torch.half), (2, torch.double)):  # of one grid
+        together[index], alone[index] = together[index].to(dtype), alone[index].to(dtype)
+        tensors[index] = tensors[index].to(dtype)
     assert initialize_all(zip(together, tensors, strict=True), method) == [together[9]]
     for index, (one, other, x) in enumerate(zip(together, alone, tensors, strict=True)):
         if index != 9:

@@ -16,6 +16,7 @@ from saq_fx.choices import ExpectedShares, choices, weight_mixtures
 from saq_fx.errors import PassError, PrecisionError, TrainingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.mixtures import MixtureQuantizer
+from saq_fx.nested import map_tensors
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import Budget
 from saq_fx.resume import Generators, load_state, save_state
@@ -106,7 +107,7 @@ class SearchAsga(Pass):
     would charge the price of the bits a second time.
 
     Args:
-        batches: (inputs, targets) pairs; iterated again where `steps` asks for more.
+        batches: (inputs, targets) pairs; iterated again where `steps` asks for more, and moved to the graph's device.
         loss_fn: of outputs and targets; a 0-d tensor.
         budgets: c is the largest share of any of them.
         beta: a fixed price, in loss, of the expected BitOps as a share of those at W8A8; taken off the scores as well.
@@ -203,7 +204,7 @@ class SearchAsga(Pass):
         while search.done < search.steps:
             before = search.round_start
             for batch in search.round_of(self.batches):
-                yield split_batch(batch)
+                yield split_batch(map_tensors(search.place, batch))
                 if search.done == search.steps:
                     return
             if search.done == before:
@@ -266,6 +267,10 @@ class _Search:
             self.generators.restore(here)
         yield from rest
         self.round_start = self.done
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """A tensor of a batch where the graph is."""
+        return tensor.to(self.logits[0].device)
 
     def step(self, closure: Callable[[], Tensor]) -> SearchStep:
         """One step, as `SearchAsga` writes it."""

@@ -1,4 +1,4 @@
-"""The command line: `saq-fx report | train | demo`."""
+"""The command line: `saq-fx report | search | train | demo`."""
 
 import sys
 from pathlib import Path
@@ -38,6 +38,29 @@ def _app() -> "typer.Typer":
         print(_report(model, shape, precision, policy, format))
 
     @app.command()
+    def search(
+        model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, hf:TYPE or path/to/file.py:FACTORY")],
+        data: Annotated[str, typer.Option(help="digits, or {cifar10,cifar100,imagenet,flowers102,pets}:FOLDER")],
+        budget: Annotated[list[str], typer.Option(help="34.7G, 0.5xW8A8, avg4 or 11MB; several are all kept.")],
+        folder: Annotated[Path, typer.Option(help="For the policy, the search, its checkpoint and its picture.")],
+        candidates: Annotated[str, typer.Option(help="Bits to choose from.")] = "2,3,4,6",
+        weights: Annotated[Path | None, typer.Option(help="The float model's state dict (torch.save).")] = None,
+        result: Annotated[
+            Path | None, typer.Option(help="The search.json of another budget or network: solved anew, not searched.")
+        ] = None,
+        epochs: Annotated[int, typer.Option(help="Rounds through the training images.", min=1)] = 10,
+        batch: Annotated[int, typer.Option(help="Images per step.", min=1)] = 64,
+        workers: Annotated[int, typer.Option(help="Processes that read images.", min=0)] = 0,
+        seed: Annotated[int, typer.Option(help="Of initial weights and the order of images.")] = 0,
+    ) -> None:
+        """Search the bits of every layer under a budget; the same command goes on with an interrupted search."""
+        from saq_fx.image_task import ImageTask
+        from saq_fx.search_command import SearchOptions, search
+
+        task = ImageTask(model, data, weights, workers, seed)
+        search(task, SearchOptions(folder, budget, candidates, epochs, batch, result))
+
+    @app.command()
     def train(
         model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, hf:TYPE or path/to/file.py:FACTORY")],
         data: Annotated[str, typer.Option(help="digits, or {cifar10,cifar100,imagenet,flowers102,pets}:FOLDER")],
@@ -56,14 +79,12 @@ def _app() -> "typer.Typer":
         seed: Annotated[int, typer.Option(help="Of initial weights and the order of images.")] = 0,
     ) -> None:
         """Train a quantized model by SAQ; the same command goes on with an interrupted run. Takes torchrun."""
-        from saq_fx.train_command import Run, train
+        from saq_fx.image_task import ImageTask
+        from saq_fx.train_command import TrainOptions, train
 
+        task = ImageTask(model, data, weights, workers, seed)
         changes = {"epochs": epochs, "lr": lr, "rho": rho, "batch_size": batch}
-        train(
-            Run(
-                model, data, folder, precision, policy, weights, paper, changes, offsets, mixed_precision, workers, seed
-            )
-        )
+        train(task, TrainOptions(folder, precision, policy, paper, changes, offsets, mixed_precision))
 
     @app.command()
     def demo(

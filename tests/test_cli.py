@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from saq_fx import Policy, demo, load, precision_report
+from saq_fx import Policy, Precision, SearchResult, apply_policy, cost_table, demo, load, precision_report, prepare_saq
 from saq_fx.cli import main
 from saq_fx.errors import SaqError
 from saq_fx.models import build
@@ -110,6 +110,46 @@ def test_train_and_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert "of a run with other recipe" in capsys.readouterr().err
     assert run(monkeypatch, *command, "--batch", "100", "--lr", "0.05", "--precision", "W2A2") == 1
     assert "of a run with other bits" in capsys.readouterr().err
+
+
+def test_search_solves_for_other_budgets_and_networks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    networks, folder = Path(__file__).parent.parent / "saq_fx" / "networks.py", tmp_path / "run"
+    start = ["search", f"{networks}:SmallResNet", "--data", "digits"]
+    command = [*start, "--folder", str(folder), "--epochs", "1", "--batch", "200", "--candidates", "2,4"]
+    assert run(monkeypatch, *command, "--budget", "0.14xW8A8", "--budget", "25kB") == 0
+    assert "policy.json, report.txt, search.json and search.png are in" in capsys.readouterr().out
+    gm = prepare_saq(SmallResNet(), example_inputs=torch.zeros(1, 1, 8, 8))
+    found, costs = SearchResult.load(folder / "search.json"), cost_table(gm)
+    assert len(found.history) == 5
+    assert Policy.load(folder / "policy.json") == found.policy
+    apply_policy(gm, found.policy)
+    assert (folder / "report.txt").read_text() == f"{precision_report(gm)}\n"
+    full = costs.total_bitops(costs.uniform(Precision(8, 8)))
+    assert precision_report(gm).total_bitops <= 0.14 * full
+    assert precision_report(gm).total_weight_bytes <= 25e3
+    again = [*start, "--folder", str(tmp_path / "again"), "--result", str(folder / "search.json")]
+    assert run(monkeypatch, *again, "--budget", "0.1xW8A8") == 0
+    assert Policy.load(tmp_path / "again" / "policy.json") == found.policy_for("0.1xW8A8")
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"policy.json", "report.txt"}
+
+
+def test_search_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    networks = Path(__file__).parent.parent / "saq_fx" / "networks.py"
+    command = ["search", f"{networks}:SmallResNet", "--data", "digits", "--folder", str(tmp_path)]
+    for arguments, message in (
+        (["--budget", "0.01xW8A8"], "the smallest feasible one is 0.0746"),
+        (["--budget", "much"], "'much'"),
+        (["--budget", "avg4", "--candidates", "2;4"], "--candidates '2;4' is not a list of bits"),
+        (["--budget", "avg4", "--batch", "2000"], "--batch 2000 leaves no batch of digits"),
+        (["--budget", "avg4", "--result", str(tmp_path / "absent.json")], "absent.json is not a search result"),
+    ):
+        assert run(monkeypatch, *command, *arguments) == 1
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_says_what_is_wrong(

@@ -18,7 +18,8 @@ LAYERS = {
     "uncounted",
     2: "cost choices report resume two_passes",
     3: "training step ascent_step",
-    4: "__init__ prepare search search_result baselines checkpoint data models networks plots cli demo train_command",
+    4: "__init__ prepare search search_result baselines checkpoint data models networks plots cli demo image_task "
+    "search_command train_command",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # What a module must work, and be tested, without.

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from saq_fx.choices import ExpectedShares, choices, weight_mixtures
 from saq_fx.errors import PassError, PrecisionError, TrainingError
-from saq_fx.gains import add_gains, expected_gains
 from saq_fx.graph import SaqGraphModule
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.pass_base import Pass, PassResult
@@ -29,18 +28,17 @@ LossFunction = Callable[[Any, Any], Tensor]
 MOMENTUM = 0.9  # of the weights' SGD
 SMOOTHING = 0.9  # of the gap that sets the radius
 STEEPEST_START = 5.0  # largest logit per bit at the start
-SCORES = ("gradient", "mean gradient", "probability")
+SCORES = ("gradient", "probability")
 _FLOAT_SHARE = 16.0  # of the BitOps at W8A8: those at W32A32, which no network exceeds
 _FLOAT = (Budget.ratio(_FLOAT_SHARE),)
 STILL_STEPS, STILL_CHANGE = 100, 0.01  # no probability moved by so much in so many steps
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "EdMIPS": {"rho": 0.0, "score": "probability", "final_temperature": 1.0},
-    "+ gradient score": {"rho": 0.0, "score": "mean gradient"},
-    "+ perturbation": {"rho_range": (0.1, 0.1), "alignment": None, "score": "mean gradient"},
-    "+ alignment": {"rho_range": (0.1, 0.1), "score": "mean gradient"},
-    "+ adaptive radius": {"score": "mean gradient"},
-    "+ common shape (ASGA)": {},
+    "+ gradient score": {"rho": 0.0},
+    "+ perturbation": {"rho_range": (0.1, 0.1), "alignment": None},
+    "+ alignment": {"rho_range": (0.1, 0.1)},
+    "+ adaptive radius (ASGA)": {},
 }
 """Settings of `SearchAsga` that add one ingredient after the other to EdMIPS (CVPR 2020), all under one budget."""
 
@@ -103,10 +101,9 @@ class SearchAsga(Pass):
     are not (see `TwoPasses`). The logits start where c = 1, and the price holds it there while the temperature of the
     mixtures falls.
 
-    A candidate's score is `dL/dp_w - dL/dp_b`, w the widest one: the first-order gain in loss of a mixture that moves
-    from w to it, of both passes, over the steps. Their mean is noisy, above all near float accuracy, where it orders
-    neighbouring widths by chance; `expected_gains` takes out the noise that the other mixtures tell. Complexity is
-    left out of the score, for the allocation under the budget would charge the price of the bits a second time.
+    A candidate's score is `sum_c p_c dL/dp_c - dL/dp_b`, the first-order gain in loss of a mixture that moves to
+    it: the mean over the steps and both passes. Complexity is left out of it, for the allocation under the budget
+    would charge the price of the bits a second time.
 
     Args:
         batches: (inputs, targets) pairs; iterated again where `steps` asks for more.
@@ -117,8 +114,7 @@ class SearchAsga(Pass):
         rho: first radius, in one global norm; 0 leaves out the second pass (EdMIPS).
         rho_range: smallest and largest radius; two equal numbers fix it.
         alignment: a; None steps with g_a alone, at a = 0 (SAM).
-        score: "gradient" as above, "mean gradient" for the mean of the steps as it is, or "probability" for the
-            log-probabilities at the end (EdMIPS).
+        score: "gradient" as above, or "probability" for the log-probabilities at the end (EdMIPS).
         weight_lr, logits_lr, dual_lr: learning rates of weights and clipping levels, of logits, of the price.
         final_temperature: of the last step; the first one has 1.
         after_step: called with what each step saw, for logging.
@@ -239,7 +235,7 @@ class _Search:
         if weights:  # else all is frozen, and the bits alone are searched
             self.optimizers.append(torch.optim.SGD(weights, options.weight_lr, momentum=MOMENTUM))
         self.radius, self.mean_gap, self.price = options.rho, 0.0, 0.0
-        self.gains = [torch.zeros_like(logits).repeat(2, 1) for logits in self.logits]
+        self.gains = [torch.zeros_like(logits) for logits in self.logits]
         self.history: list[SearchStep] = []
         self.generators = Generators(self.logits[0].device, options.batches)
         self.round_start, self.round_random = 0, self.generators.state()
@@ -281,8 +277,7 @@ class _Search:
             losses = self.passes.run(closure, self.radius, self.options.alignment)
         except TrainingError as error:
             raise TrainingError(f"step {self.done + 1} of the search: {error}") from error
-        for totals, mixture in zip(self.gains, self.mixtures.values(), strict=True):
-            add_gains(totals, mixture)
+        self._count_gains()
         trajectory = self._trajectory()
         cost = self._descend()
         gap, rho, price = max(0.0, losses.perturbed_loss - losses.loss), self.radius, self.price
@@ -302,6 +297,14 @@ class _Search:
         self.history.append(step)
         self._warn_if_still()
         return step
+
+    @torch.no_grad()
+    def _count_gains(self) -> None:
+        """Adds each candidate's gain: by the derivative of the softmax, `dL/dz_b` is `-p_b/T` times that."""
+        for gain, mixture in zip(self.gains, self.mixtures.values(), strict=True):
+            if mixture.logits.grad is not None:
+                probabilities = mixture.probabilities().clamp_min(torch.finfo(gain.dtype).tiny)
+                gain -= mixture.logits.grad * mixture.temperature / probabilities
 
     def _descend(self) -> float:
         """Steps both optimizers; returns the expected cost, as a share of the budget, before the step."""
@@ -347,13 +350,9 @@ class _Search:
         """For each choice, the score of every precision."""
         if self.options.score == "probability":
             return tuple(tuple(choice.log_probabilities().tolist()) for choice in self.choices)
-        widths = [mixture.candidates for mixture in self.mixtures.values()]
-        gains = [sums / self.done for sums, _ in self.gains]
-        if self.options.score == "gradient":
-            gains = expected_gains(self.gains, widths, self.done)
-        remaining, found = iter(gains), []
+        gains, found = iter(self.gains), []
         for choice, costs in zip(self.choices, self.complexity.tables, strict=True):
-            gain = choice.over_pairs(torch.add, [next(remaining) for _ in choice.mixtures])
+            gain = choice.over_pairs(torch.add, [next(gains) for _ in choice.mixtures]) / self.done
             found.append(tuple((gain - self.options.beta * _FLOAT_SHARE * costs[:, 0]).tolist()))
         return tuple(found)
 

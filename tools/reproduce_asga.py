@@ -294,10 +294,10 @@ def transfer_report(runs: Runs) -> str:
     parts = [tabulate(rows, ("", "accuracy on the target, % (seeds)", "search, s"), tablefmt="github")]
     accuracies = means(runs, "target", "accuracy")
     for name in ("sigma", "accuracy") if accuracies else ():
-        found, low, high = rank_correlation(means(runs, "proxy", name), accuracies)
+        value, low, high = rank_correlation(means(runs, "proxy", name), accuracies)
         parts.append(
             f"Rank correlation of {name} on the proxy with accuracy on the target, over {TRANSFER_POLICIES} random "
-            f"policies of equal BitOps, each the mean of {TRANSFER_SEEDS} seeds: {found:.2f} (95 % bootstrap interval "
+            f"policies of equal BitOps, each the mean of {TRANSFER_SEEDS} seeds: {value:.2f} (95 % bootstrap interval "
             f"{low:.2f} to {high:.2f})."
         )
     return "\n\n".join(parts)

@@ -46,7 +46,8 @@ RADIUS = 0.3  # of h and sigma, with respect to the quantized weights
 UNIFORM = {"low": ("W2A3", "W3A2"), "middle": ("W3A3",), "high": ("W3A4", "W4A3")}
 """Budgets: the BitOps of these policies."""
 FULL = list(ABLATIONS)[-1]
-RANDOM_POLICIES, RANDOM_SEEDS, TRANSFER_POLICIES = 10, 2, 20
+RANDOM_POLICIES, RANDOM_SEEDS = 10, 2
+TRANSFER_POLICIES, TRANSFER_SEEDS = 20, 3
 BOOTSTRAPS = 2000
 
 Row = dict[str, Any]
@@ -207,8 +208,9 @@ def transfer(runs: Runs, proxy: Task, target: Task, seeds: int) -> None:
         runs.row(f"transfer/uniform/{seed}", target.trained, of_target[seed], Policy.uniform(precision), seed)
     budget = bitops(target, of_target[0], precision)
     for index, policy in enumerate(random_policies(target, of_target[0], budget, TRANSFER_POLICIES)):
-        runs.row(f"sharpness/proxy/{index}", proxy.trained, of_proxy[0], policy, 0)
-        runs.row(f"sharpness/target/{index}", target.trained, of_target[0], policy, 0)
+        for seed in range(TRANSFER_SEEDS):
+            runs.row(f"sharpness/proxy {index}/{seed}", proxy.trained, of_proxy[seed], policy, seed)
+            runs.row(f"sharpness/target {index}/{seed}", target.trained, of_target[seed], policy, seed)
 
 
 def carried(proxy: Task, target: Task, models: Lazy, model: nn.Module, seed: int) -> Row:
@@ -290,17 +292,23 @@ def transfer_report(runs: Runs) -> str:
         if (found := runs.of("transfer", key))
     ]
     parts = [tabulate(rows, ("", "accuracy on the target, % (seeds)", "search, s"), tablefmt="github")]
-    proxy, target = runs.of("sharpness", "proxy"), runs.of("sharpness", "target")
-    if len(target) == TRANSFER_POLICIES:
-        accuracies = [target[index]["accuracy"] for index in sorted(target)]
-        for name in ("sigma", "accuracy"):
-            values = [proxy[index][name] for index in sorted(target)]
-            found, low, high = rank_correlation(values, accuracies)
-            parts.append(
-                f"Rank correlation of {name} on the proxy with accuracy on the target, over {len(target)} random "
-                f"policies of equal BitOps, one seed: {found:.2f} (95 % bootstrap interval {low:.2f} to {high:.2f})."
-            )
+    accuracies = means(runs, "target", "accuracy")
+    for name in ("sigma", "accuracy") if accuracies else ():
+        value, low, high = rank_correlation(means(runs, "proxy", name), accuracies)
+        parts.append(
+            f"Rank correlation of {name} on the proxy with accuracy on the target, over {TRANSFER_POLICIES} random "
+            f"policies of equal BitOps, each the mean of {TRANSFER_SEEDS} seeds: {value:.2f} (95 % bootstrap interval "
+            f"{low:.2f} to {high:.2f})."
+        )
     return "\n\n".join(parts)
+
+
+def means(runs: Runs, task: str, name: str) -> list[float]:
+    """Of each random policy over the seeds; nothing before all are trained."""
+    found = [runs.of("sharpness", f"{task} {index}") for index in range(TRANSFER_POLICIES)]
+    if any(len(rows) < TRANSFER_SEEDS for rows in found):
+        return []
+    return [statistics.fmean(row[name] for row in rows.values()) for rows in found]
 
 
 def seconds_of(found: dict[int, Row]) -> str:

@@ -27,7 +27,7 @@ Row: TypeAlias = list[tuple[int, ...]]  # of each choice of a group: its cost by
 TOLERANCE = 1e-9  # of the range of scores, where the exact search would outgrow its lists
 SHORT, LONGER, LONGEST = 1 << 8, 16, 1 << 20  # partial allocations in a list: at first, how many times more, at most
 NEIGHBOURHOODS, FREE, ALL = 8, 8, 1 << 15  # searches around an allocation: groups, and partial allocations in a list
-WIDER, BLIND = 1.7, 2.0  # a radius by one that is proven to hold nothing, and by one where nothing was found
+WIDER, BLIND = 2.0, 2.0  # a radius by one that is proven to hold nothing, and by one where nothing was found
 TURNS = ((20_000_000, 5.0), (60_000_000, 15.0))
 """Partial allocations that each turn of the enumeration may look at, and seconds of HiGHS after it."""
 
@@ -96,7 +96,7 @@ class _Proof:
         self.tolerance = 0.0  # raised where the exact search would be long
         losses = np.where(np.isfinite(relaxed.shortfalls), relaxed.shortfalls, 0.0)
         self.range = float(losses.max(axis=1).sum() + relaxed.prices.sum())
-        positive = np.sort(losses[losses > 10 * relaxed.rounding])
+        positive = np.sort(losses[losses > TOLERANCE * self.range])  # less may be rounding by HiGHS
         self.start = float(positive[:20].max(initial=TOLERANCE * self.range))
 
     @property

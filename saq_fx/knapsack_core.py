@@ -14,7 +14,7 @@ Floats: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.intp]
 Integers: TypeAlias = NDArray[Any]  # int64, or Python integers where 64 bits are too few
 
-SAMPLE, STEPS = 48, 10  # partial allocations for which prices are sought, and steps that improve each
+SAMPLE, STEPS = 24, 10  # partial allocations for which prices are sought, and steps that improve each
 BEYOND = 1.02  # what the steps aim at, by the radius
 LEAST_SCALE, LOWEST = 1e-3, -8.0  # of steps, by the highest price; of the change of a price, by its scale
 BLOCK = 1 << 12  # partial allocations whose bounds are computed together

@@ -2,7 +2,8 @@
 
 Kellerer, Pferschy, Pisinger, Knapsack Problems, 2004, ch. 11. The linear relaxation (HiGHS) puts prices on costs: the
 Lagrangian bound on all scores. A choice's reduced cost says how far every allocation that makes it falls short of this
-bound, so that only few choices, the core, are left within a small radius. The core is searched in widening radii.
+bound, so that only few choices, the core, are left within a small radius. Short lists find a good allocation, longer
+ones then prove that its radius holds no better one.
 """
 
 import math
@@ -124,6 +125,7 @@ class _Proof:
         return self.best.gap
 
     def _search(self, radius: float) -> None:
+        """Search one radius; where lists are cut, widen it until something is found, and lengthen them from then on."""
         found, complete = search(self.relaxed, radius, self.states, self.work)
         if found is not None and (self.best is None or found.gap < self.best.gap or complete):
             self.best = found

@@ -26,10 +26,10 @@ from saq_fx.knapsack_search import search
 Row: TypeAlias = list[tuple[int, ...]]  # of each choice of a group: its cost by each constraint
 
 TOLERANCE = 1e-9  # of the range of scores, where the exact search would outgrow its lists
-SHORT, LONGER, LONGEST = 1 << 8, 16, 1 << 20  # partial allocations in a list: at first, how many times more, at most
+SHORT, LONGER, LONGEST = 1 << 8, 8, 1 << 20  # partial allocations in a list: at first, how many times more, at most
 NEIGHBOURHOODS, FREE, ALL = 8, 8, 1 << 15  # searches around an allocation: groups, and partial allocations in a list
 WIDER, BLIND = 2.0, 2.0  # a radius by one that is proven to hold nothing, and by one where nothing was found
-TURNS = ((20_000_000, 5.0), (60_000_000, 15.0))
+TURNS = ((12_000_000, 5.0), (36_000_000, 15.0))
 """Partial allocations that each turn of the enumeration may look at, and seconds of HiGHS after it."""
 
 
@@ -92,7 +92,7 @@ class _Proof:
         self.relaxed, self.work = relaxed, Work(0)
         self.best: Found | None = None
         self.excluded, self.searched = 0.0, 0.0  # a radius that holds nothing, and one where nothing was found
-        self.states = SHORT
+        self.states, self.by_cost = SHORT, True
         self.generator = np.random.default_rng(0)
         self.tolerance = 0.0  # raised where the exact search would be long
         losses = np.where(np.isfinite(relaxed.shortfalls), relaxed.shortfalls, 0.0)
@@ -126,7 +126,7 @@ class _Proof:
 
     def _search(self, radius: float) -> None:
         """Search one radius; where lists are cut, widen it until something is found, and lengthen them from then on."""
-        found, complete = search(self.relaxed, radius, self.states, self.work)
+        found, complete = search(self.relaxed, radius, self.states, self.work, by_cost=self.by_cost)
         if found is not None and (self.best is None or found.gap < self.best.gap or complete):
             self.best = found
         if complete:
@@ -137,8 +137,10 @@ class _Proof:
             self._search_around()
         if self.best is None and radius <= self.range:
             self.searched = radius
-        else:
-            self.states *= LONGER
+            return
+        # Neither order is the better one everywhere, and which it is cannot be told beforehand.
+        self.states *= LONGER if self.by_cost else 1
+        self.by_cost = not self.by_cost
 
     def _search_around(self) -> None:
         """Search few groups at a time, while all others keep their choices: where all choices are about as good.

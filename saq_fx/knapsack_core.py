@@ -96,10 +96,11 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Core:
-    """The choices within a radius of those groups that have more than one.
+    """The choices within a radius of those groups that have more than one, in the order of the search.
 
-    The groups come in the order of the search: those whose choices differ most in cost first. What is decided last then
-    changes little, so that the bounds of the relaxation are near to what partial allocations come to.
+    Either those whose choices differ most in cost come first: what is decided last then changes little, so that the
+    bounds of the relaxation are near to what partial allocations come to. Or those whose second choices are worst:
+    lists are then short until the last groups, which is better where layers of any size may be as good as each other.
     """
 
     relaxed: Relaxed
@@ -112,14 +113,18 @@ class Core:
     room: Integers  # [constraints]: what the other groups leave
 
     @classmethod
-    def of(cls, relaxed: Relaxed, radius: float) -> Self:
-        """Sort the groups by what their choices within the radius differ in worth."""
+    def of(cls, relaxed: Relaxed, radius: float, *, by_cost: bool) -> Self:
+        """Sort the groups by what their choices within the radius differ in worth, or by their second choices."""
         kept = relaxed.shortfalls <= radius
         count = kept.sum(axis=1)
         opened, closed = np.flatnonzero(count > 1), np.flatnonzero(count <= 1)
-        worth = np.tensordot(relaxed.shares(np.moveaxis(relaxed.costs[opened], -1, 0)), relaxed.prices, (0, 0))
-        spread = np.where(kept[opened], worth, -np.inf).max(axis=1) - np.where(kept[opened], worth, np.inf).min(axis=1)
-        opened = opened[np.argsort(-spread, kind="stable")]
+        if by_cost:
+            worth = np.tensordot(relaxed.shares(np.moveaxis(relaxed.costs[opened], -1, 0)), relaxed.prices, (0, 0))
+            most = np.where(kept[opened], worth, -np.inf).max(axis=1)
+            weight = most - np.where(kept[opened], worth, np.inf).min(axis=1)
+        else:
+            weight = np.partition(relaxed.shortfalls[opened], 1, axis=1)[:, 1] if len(opened) else np.zeros(0)
+        opened = opened[np.argsort(-weight, kind="stable")]
         choices = np.argsort(relaxed.shortfalls[opened], axis=1, kind="stable")[:, : count.max(initial=1)]
         shortfalls = np.take_along_axis(relaxed.shortfalls[opened], choices, axis=1)
         shortfalls[shortfalls > radius] = np.inf

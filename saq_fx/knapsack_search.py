@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from saq_fx.knapsack_core import Bounds, Core, Floats, Found, Indices, Integers, Relaxed, Work
 from saq_fx.knapsack_join import States, join
 
-LONGER = 16  # the first list by the second, from which on the second grows
+LONGER = 16  # the first list by the second, from which on the second grows, where costs give the order
 CHILDREN = 4  # by the states that a list may hold: what is looked at for the next list
 AFTER = 2000  # partial allocations, at least, after which better prices are sought
 COMPARED = 32  # states from which on dominated ones are left out
@@ -95,21 +95,22 @@ class _Half:
             chosen[core.groups[place]], state = core.choices[place, choices[state]], int(parents[state])
 
 
-def search(relaxed: Relaxed, radius: float, most_states: int, work: Work) -> Search:
+def search(relaxed: Relaxed, radius: float, most_states: int, work: Work, *, by_cost: bool = True) -> Search:
     """The allocation that falls short least, among those within the radius.
 
-    Of a list that would outgrow `most_states` only the best are kept, by their bounds.
+    Of a list that would outgrow `most_states` the best are kept, by their bounds; but where the order is not that of
+    costs bounds say little, and this ends the search.
     """
-    core = Core.of(relaxed, radius)
+    core = Core.of(relaxed, radius, by_cost=by_cost)
     halves, complete = (_Half.empty(core), _Half.empty(core)), True
     if (core.room < halves[0].least).any():
         return Search(None, complete)
     places = list(range(len(core.groups)))
     while places:
-        first = len(halves[0].bound) <= LONGER * len(halves[1].bound)
+        first = len(halves[0].bound) <= (LONGER if by_cost else 1) * len(halves[1].bound)
         half, place = (halves[0], places.pop(0)) if first else (halves[1], places.pop())
         complete &= _extend(half, core, place, most_states, work)
-        if not len(half.bound):
+        if not len(half.bound) or not (complete or by_cost):
             return Search(None, complete)
     pair = join(halves[0].states, halves[1].states, core, work)
     if pair is None:

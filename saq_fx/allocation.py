@@ -39,8 +39,8 @@ def allocate(costs: Table, scores: Table, budget: float) -> list[int]:
 def allocate_under(constraints: Sequence[Constraint], scores: Table) -> list[int]:
     """Choose one index a group: the largest total score that keeps every limit.
 
-    The optimum is proven. Where this would take more than a few million partial allocations (scores proportional to
-    costs), an allocation is taken that falls short of a bound by at most a billionth of the range of scores, from the
+    The optimum is proven. Where lists of partial allocations had to be cut on the way (above all: scores proportional
+    to costs), an allocation will do that falls short of a bound by at most a billionth of the range of scores, from the
     best choices to the worst, and of the prices of the limits. Where that fails too, after about half a minute, a
     warning says what may be missing.
     A proof by HiGHS, the last resort, holds to its tolerances: also about a billionth.

@@ -2,9 +2,11 @@
 
 Kellerer, Pferschy, Pisinger, Knapsack Problems, 2004, ch. 11. The linear relaxation (HiGHS) puts prices on costs: the
 Lagrangian bound on all scores. A choice's reduced cost says how far every allocation that makes it falls short of this
-bound, so that only few choices, the core, are left within a small radius. The core is searched in widening radii.
+bound, so that only few choices, the core, are left within a small radius. Short lists find a good allocation, longer
+ones then prove that its radius holds no better one.
 """
 
+import math
 import os
 import sys
 import time
@@ -18,15 +20,16 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array, hstack
 
-from saq_fx.knapsack_core import Floats, Found, Indices, Integers, Relaxed, Work, WorkSpentError, search
+from saq_fx.knapsack_core import Floats, Found, Indices, Integers, Relaxed, Work, WorkSpentError
+from saq_fx.knapsack_search import search
 
 Row: TypeAlias = list[tuple[int, ...]]  # of each choice of a group: its cost by each constraint
 
 TOLERANCE = 1e-9  # of the range of scores, where the exact search would outgrow its lists
-QUICK, THOROUGH, EXACT = 1 << 14, 1 << 18, 1 << 20  # partial allocations in a list
-NEIGHBOURHOODS, FREE, FEW = 30, 10, 1 << 11  # searches around the best allocation: groups, and states in a list
-WIDER, NEAR = 1.3, 1.25  # a radius by the one before, and how far above it the best allocation's gap may be
-TURNS = ((200_000, 0.0), (1_500_000, 5.0), (6_000_000, 5.0), (24_000_000, 15.0))
+SHORT, LONGER, LONGEST = 1 << 8, 8, 1 << 20  # partial allocations in a list: at first, how many times more, at most
+NEIGHBOURHOODS, FREE, ALL = 8, 8, 1 << 15  # searches around an allocation: groups, and partial allocations in a list
+WIDER, BLIND = 2.0, 2.0  # a radius by one that is proven to hold nothing, and by one where nothing was found
+TURNS = ((12_000_000, 5.0), (36_000_000, 15.0))
 """Partial allocations that each turn of the enumeration may look at, and seconds of HiGHS after it."""
 
 
@@ -73,7 +76,6 @@ def solve(problem: Problem) -> Solution | None:
     if relaxed is None:
         return None
     proof, form = _Proof(relaxed), _LinearForm.of(problem)
-    # Neither method is the faster one everywhere, and the time that either takes cannot be told beforehand.
     for most, seconds in TURNS:
         proof.enumerate(most)
         proof.branch_and_bound(form, seconds)
@@ -89,13 +91,14 @@ class _Proof:
     def __init__(self, relaxed: Relaxed) -> None:
         self.relaxed, self.work = relaxed, Work(0)
         self.best: Found | None = None
-        self.excluded = 0.0
+        self.excluded, self.searched = 0.0, 0.0  # a radius that holds nothing, and one where nothing was found
+        self.states, self.by_cost = SHORT, True
         self.generator = np.random.default_rng(0)
         self.tolerance = 0.0  # raised where the exact search would be long
         losses = np.where(np.isfinite(relaxed.shortfalls), relaxed.shortfalls, 0.0)
         self.range = float(losses.max(axis=1).sum() + relaxed.prices.sum())
-        positive = np.sort(losses[losses > 10 * relaxed.rounding])
-        self.start = float(positive[:20].max(initial=10 * relaxed.rounding))
+        positive = np.sort(losses[losses > TOLERANCE * self.range])  # less may be rounding by HiGHS
+        self.start = float(positive[:20].max(initial=TOLERANCE * self.range))
 
     @property
     def done(self) -> bool:
@@ -105,54 +108,57 @@ class _Proof:
         return self.best.gap - self.excluded <= max(self.tolerance, self.relaxed.rounding)
 
     def enumerate(self, most: int) -> None:
-        """Search the core in widening radii, while there is more to prove and the work is not done."""
-        for step in (self._complete, self._find, self._improve, self._complete_near):
-            self.work.left = most
-            try:
-                step()
-            except WorkSpentError:
-                self.tolerance = TOLERANCE * self.range
+        """Search the core in several radii, with ever longer lists, until the proof is done or the work is spent."""
+        self.work.left = most
+        try:
+            while not self.done and self.states <= LONGEST:
+                self._search(self._radius())
+        except WorkSpentError:
+            self.tolerance = TOLERANCE * self.range
 
-    def _find(self) -> None:
-        """Widen the radius until an allocation is found, with short lists, which may not give the best one."""
-        radius = max(1.4 * self.excluded, self.start)
-        while self.best is None and not self.done:
-            complete = self._search(radius, QUICK, whole=False)
-            if radius > self.range:
-                return
-            radius *= 1.4 if complete else 3.0
-        if self.best is not None and not self.done:
-            self._search(self.best.gap, QUICK, whole=False)
+    def _radius(self) -> float:
+        """What to search next: halfway to the best allocation, unless it is near, for it may be a bad one."""
+        if self.best is None:
+            return max(self.start, WIDER * self.excluded, BLIND * self.searched)
+        if 0 < WIDER * self.excluded < self.best.gap:
+            return math.sqrt(self.excluded * self.best.gap)
+        return self.best.gap
 
-    def _complete(self) -> None:
-        """Widen the radius until no better allocation is left."""
-        whole = True
-        while whole and not self.done:
-            radius = max(WIDER * self.excluded, self.start)
-            if self.best is not None and self.best.gap < NEAR * radius:
-                radius = self.best.gap
-            whole = self._search(radius, EXACT, whole=True)
-        if self.best is not None and not self.done:
-            self._search(self.best.gap, THOROUGH, whole=False)
+    def _search(self, radius: float) -> None:
+        """Search one radius; where lists are cut, widen it until something is found, and lengthen them from then on."""
+        found, complete = search(self.relaxed, radius, self.states, self.work, by_cost=self.by_cost)
+        if found is not None and (self.best is None or found.gap < self.best.gap or complete):
+            self.best = found
+        if complete:
+            self.excluded = max(self.excluded, radius if found is None else found.gap)
+            return
+        self.tolerance = TOLERANCE * self.range
+        if not self.excluded:
+            self._search_around()
+        if self.best is None and radius <= self.range:
+            self.searched = radius
+            return
+        # Neither order is the better one everywhere, and which it is cannot be told beforehand.
+        self.states *= LONGER if self.by_cost else 1
+        self.by_cost = not self.by_cost
 
-    def _improve(self) -> None:
-        """Search a few groups at a time anew, while all others keep the choices of the best allocation."""
+    def _search_around(self) -> None:
+        """Search few groups at a time, while all others keep their choices: where all choices are about as good.
+
+        Then bounds leave out nothing, but there are good allocations everywhere.
+        """
+        relaxed = self.relaxed
         for _ in range(NEIGHBOURHOODS):
-            if self.best is None or self.done:
+            if self.done:
                 return
-            core = np.flatnonzero((self.relaxed.shortfalls <= self.best.gap).sum(axis=1) > 1)
-            free = self.generator.choice(core, min(FREE, len(core)), replace=False)
-            around = self.relaxed.around(self.best.chosen, free)
-            radius = self.best.gap - (self.relaxed.bound - around.bound)
-            found = search(around, radius, FEW, self.work, whole=False).found
-            gap = None if found is None else self.relaxed.gap(found.chosen)
-            if found is not None and gap is not None and gap < self.best.gap - self.relaxed.rounding:
+            chosen = relaxed.nominal if self.best is None else self.best.chosen
+            free = np.union1d(self.generator.permutation(len(chosen))[:FREE], np.flatnonzero(relaxed.divided))
+            around = relaxed.around(chosen, free)
+            radius = (self.range if self.best is None else self.best.gap) - (relaxed.bound - around.bound)
+            found, _ = search(around, radius, ALL, self.work)
+            gap = None if found is None else relaxed.gap(found.chosen)
+            if found is not None and gap is not None and (self.best is None or gap < self.best.gap - relaxed.rounding):
                 self.best = Found(gap, found.chosen)
-
-    def _complete_near(self) -> None:
-        """Prove what is almost proven."""
-        if self.best is not None and self.best.gap < NEAR * WIDER * self.excluded:
-            self._complete()
 
     def branch_and_bound(self, form: "_LinearForm", seconds: float) -> None:
         """Leave the core to HiGHS, if there is more to prove.
@@ -178,16 +184,6 @@ class _Proof:
             if gap is not None:
                 self.best = min(self.best or Found(gap, chosen), Found(gap, chosen), key=lambda found: found.gap)
                 return
-
-    def _search(self, radius: float, most_states: int, *, whole: bool) -> bool:
-        found, complete = search(self.relaxed, radius, most_states, self.work, whole=whole)
-        if found is not None and (self.best is None or found.gap < self.best.gap or complete):
-            self.best = found
-        if complete:
-            self.excluded = max(self.excluded, radius if found is None else found.gap)
-        else:
-            self.tolerance = TOLERANCE * self.range
-        return complete
 
 
 class _LinearForm(NamedTuple):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saq_fx import knapsack, knapsack_core
+from saq_fx import knapsack, knapsack_search
 from saq_fx.allocation import Constraint, Table, allocate, allocate_under, frontier, smallest
 from saq_fx.errors import InfeasibleBudgetError, PrecisionError, SaqError
 
@@ -88,10 +88,20 @@ def test_several_constraints_equal_brute_force(instance: tuple[list[Constraint],
 
 
 @given(st.integers(1, 3).flatmap(instances))
-def test_bounds_by_other_prices_leave_the_optimum(instance: tuple[list[Constraint], Table]) -> None:
-    """They are for long lists: here they are asked for all."""
+def test_what_long_lists_need_leaves_the_optimum(instance: tuple[list[Constraint], Table]) -> None:
+    """Other prices, dominance, and a second list from the last groups: here short lists have them, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knapsack_core, "FEW", 0)
+        for name in ("AFTER", "COMPARED", "LONGER"):
+            patch.setattr(knapsack_search, name, 0)
+        check_against_brute_force(*instance)
+
+
+@given(st.integers(1, 3).flatmap(instances))
+def test_lists_that_are_cut_leave_the_optimum(instance: tuple[list[Constraint], Table]) -> None:
+    """What was cut is not taken for proven: longer lists follow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "SHORT", 1)
+        patch.setattr(knapsack, "LONGER", 2)
         check_against_brute_force(*instance)
 
 
@@ -100,8 +110,8 @@ def short_lists(most: int = 1) -> Iterator[None]:
     """No room to enumerate, so that HiGHS has to prove, however long a loaded machine takes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knapsack, "TURNS", ((most, 60.0),))
-        for name in ("QUICK", "THOROUGH", "EXACT"):
-            patch.setattr(knapsack, name, 1)
+        patch.setattr(knapsack, "SHORT", 1)
+        patch.setattr(knapsack, "LONGEST", 1)
         yield
 
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSES_LAYER = 3
 LAYERS = {
     0: "errors precision recipe fake_quantization fitting quantizers mixtures sharpness allocation knapsack "
-    "knapsack_core batching parallel parameters training_recipe direction distillation gradients nested mac_counter",
+    "knapsack_core knapsack_join knapsack_search batching parallel parameters training_recipe direction "
+    "distillation gradients nested mac_counter",
     1: "alignment annotation attention bytecode capture copying dataflow eager effects example_values exported given "
     "graph guards held hooks modes mutation operation_names operators parametrized pass_base patching pickling "
     "places products proxies recording resizing rewriting runtime scopes shapes signs state symbolic tracing "
@@ -29,6 +30,8 @@ BANNED = {
     "saq_fx.allocation": "torch",
     "saq_fx.knapsack": "torch",
     "saq_fx.knapsack_core": "torch",
+    "saq_fx.knapsack_join": "torch",
+    "saq_fx.knapsack_search": "torch",
     "saq_fx.fake_quantization": "torch.fx",
     "saq_fx.quantizers": "torch.fx",
     "saq_fx.mixtures": "torch.fx",

@@ -29,7 +29,7 @@ TOLERANCE = 1e-9  # of the range of scores, where the exact search would outgrow
 SHORT, LONGER, LONGEST = 1 << 8, 8, 1 << 20  # partial allocations in a list: at first, how many times more, at most
 NEIGHBOURHOODS, FREE, ALL = 8, 8, 1 << 15  # searches around an allocation: groups, and partial allocations in a list
 WIDER, BLIND = 2.0, 2.0  # a radius by one that is proven to hold nothing, and by one where nothing was found
-TURNS = ((12_000_000, 5.0), (36_000_000, 15.0))
+TURNS = ((3_000_000, 3.0), (12_000_000, 5.0), (36_000_000, 15.0))
 """Partial allocations that each turn of the enumeration may look at, and seconds of HiGHS after it."""
 
 
@@ -92,6 +92,7 @@ class _Proof:
         self.relaxed, self.work = relaxed, Work(0)
         self.best: Found | None = None
         self.excluded, self.searched = 0.0, 0.0  # a radius that holds nothing, and one where nothing was found
+        self.is_bounded = False  # whether bounds have left out enough for a list to end
         self.states, self.by_cost = SHORT, True
         self.generator = np.random.default_rng(0)
         self.tolerance = 0.0  # raised where the exact search would be long
@@ -130,10 +131,10 @@ class _Proof:
         if found is not None and (self.best is None or found.gap < self.best.gap or complete):
             self.best = found
         if complete:
-            self.excluded = max(self.excluded, radius if found is None else found.gap)
+            self.excluded, self.is_bounded = max(self.excluded, radius if found is None else found.gap), True
             return
         self.tolerance = TOLERANCE * self.range
-        if not self.excluded:
+        if not self.is_bounded:
             self._search_around()
         if self.best is None and radius <= self.range:
             self.searched = radius

@@ -101,7 +101,9 @@ class SymbolicTracer(GuardedTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node of the graph."""
-        if type(m) is nn.MultiheadAttention or module_qualified_name in self.untraceable:
+        if module_qualified_name in self.untraceable:
+            return True
+        if type(m) is nn.MultiheadAttention and "forward" not in vars(m):
             return True
         if any(True for _ in m.children()) or has_own_call(m):
             return False
@@ -334,5 +336,8 @@ def _reject_backward_hooks(module: nn.Module) -> None:
 
 
 def has_own_call(module: nn.Module) -> bool:
-    """Whether calling a module does more than its forward: hooks (as `weight_norm`'s) or parametrizations."""
-    return has_forward_hooks(module) or "parametrizations" in module._modules
+    """Whether calling a module does more than its class's forward: hooks (as `weight_norm`'s), parametrizations.
+
+    Or another forward, which the object was given itself.
+    """
+    return has_forward_hooks(module) or "parametrizations" in module._modules or "forward" in vars(module)

@@ -139,9 +139,9 @@ def rejected_chance() -> Iterator[None]:
 
 
 class ForwardState:
-    """What forward may change besides parameters, as it is now: buffers, and attributes of modules that run Python.
+    """What forward may change besides the values of parameters: buffers, and attributes of modules that run Python.
 
-    Also what their hooks keep, and whether the levels of quantizers have been set.
+    Also which parameters there are, what hooks keep, and whether the levels of quantizers have been set.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -152,6 +152,8 @@ class ForwardState:
         others: list[MutableMapping[str, Any]] = [vars(each) for each in objects]
         others += [each for hook in forward_hooks(model) for each in kept_by(hook)]
         self._attributes = [*of_modules, *((each, Snapshot(each)) for each in others)]
+        # Code may put other parameters in the place of those of any module (codebooks that are moving averages).
+        self._parameters = [(each._parameters, dict(each._parameters)) for each in model.modules() if of_modules]
         held = [value for _, each in self._attributes for value in each.values.values()]
         tensors = [value for value in held if isinstance(value, Tensor) and value.layout is torch.strided]
         self._tensors = [(tensor, tensor.clone()) for tensor in tensors if 0 not in tensor.stride()]
@@ -165,6 +167,8 @@ class ForwardState:
             tensor.data.copy_(content)
         for attributes, snapshot in self._attributes:
             snapshot.restore(attributes)
+        for parameters, before in self._parameters:
+            parameters.update(before)
         for quantizer, initialized in self._levels_set:
             quantizer.initialized = initialized
 

@@ -68,9 +68,9 @@ class GuardedTracer(fx.Tracer):
         self.create_node("call_function", require_same_path, (node, kind, expected, place), {})
 
     def number(self, kind: Callable[[Any], Any], obj: fx.Proxy) -> Any:
-        """`int` or `float` of a proxy: symbolic of a number that sizes decide, from the example inputs otherwise."""
+        """`int` or `float` of a proxy: symbolic of a number that sizes or settings decide, of the example otherwise."""
         value = self.example(obj)
-        if not isinstance(value, Real) or self._examples.is_computed(obj.node, kind.__name__):
+        if not isinstance(value, Real | Tensor) or self._examples.is_computed(obj.node, kind.__name__):
             return self.concrete(obj, kind.__name__)
         return self.create_proxy("call_function", kind, (obj,), {})
 

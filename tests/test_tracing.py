@@ -330,6 +330,22 @@ assert torch.equal(compiled(x), x)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
+class Pooling(nn.Module):
+    """Sums the nodes of each graph of a batch: tokens say how many graphs there are."""
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        total = x.new_zeros(int(graph.max()) + 1, x.size(1)).index_add_(0, graph, x)
+        return total / torch.bincount(graph, minlength=int(graph[-1] + 1)).unsqueeze(1)
+
+
+def test_numbers_of_tokens_that_are_only_passed_on_are_not_guarded() -> None:
+    model = Pooling()
+    gm = trace(model, (torch.randn(4, 8), torch.tensor([0, 0, 1, 1])))
+    for graph in ([0, 0, 1, 1], [0, 1, 2, 2], [0, 0, 0]):
+        inputs = torch.randn(len(graph), 8), torch.tensor(graph)
+        assert torch.equal(gm(*inputs), model(*inputs))
+
+
 SIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "conv1d": lambda x: F.conv1d(x.reshape(1, -1, 8), x.new_ones(x.size(0) * 5, 1, 3), groups=x.size(0) * 5),
     "irfft2": lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=(x.size(-2), x.size(-1))),

@@ -24,7 +24,7 @@ from saq_fx.graph import SaqGraphModule, graphs, held_by, parts_of
 from saq_fx.operators import Operator, operator_of
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.products import CALLER
-from saq_fx.shapes import Measured, NodeShapes, measure
+from saq_fx.shapes import Measured, NodeShapes, arguments_in, macs_of, measure
 from saq_fx.signs import has_nonnegative_values
 from saq_fx.tracing import ExampleInputs
 from saq_fx.uncounted import may_multiply, problem_of, uncounted_in
@@ -274,12 +274,9 @@ def _positions(gm: SaqGraphModule, layer_nodes: list[fx.Node], raw: set[fx.Node]
 def _measured(call: _Call, shapes: NodeShapes) -> dict[str, Any]:
     """Shapes of the first run of a layer, and the MACs of all its runs, as fields of its annotation."""
     outputs = shapes.get(call.node, ())
-    arguments = [
-        [shapes[arg][run] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in call.node.args]
-        for run in range(len(outputs))
-    ]
+    arguments = arguments_in(call.node, shapes)
     return {
-        "macs": sum(map(call.operator.macs, arguments, outputs)),
+        "macs": macs_of(call.node, shapes),
         "activation_shape": arguments[0][call.activation_operand] if outputs and not call.is_lookup else (0,),
         "weight_shape": arguments[0][call.weight_operand] if outputs else _weight_shape(call),
         "output_shape": outputs[0] if outputs else (0,),

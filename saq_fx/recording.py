@@ -20,6 +20,9 @@ from saq_fx.products import OPENED_ATTENTION, Product, product_called
 INPUT = ""
 """The origin of what is the network's input still, at most rearranged or rescaled without parameters."""
 
+_WEIGHTS = "weights"
+"""The origin of what parameters were used for."""
+
 
 @dataclass
 class Calls:
@@ -123,26 +126,27 @@ class CallRecorder(TorchFunctionMode):
         if func is F.multi_head_attention_forward and self._is_called_from_python():
             with self:
                 return OPENED_ATTENTION(*args, **(kwargs or {}))
-        product = self._product(func, args, kwargs or {})
-        output = func(*args, **(kwargs or {}))
         operands = tensors_in((args, kwargs or {}))
         origins = set().union(*(self._origins.get(tensor, ()) for tensor in operands))
+        has_weights = any(isinstance(tensor, nn.Parameter) for tensor in operands)
+        product = self._product(func, args, kwargs or {}, is_constant=not (origins or has_weights))
+        output = func(*args, **(kwargs or {}))
         if product is not None:
             self.calls.setdefault(product, Calls()).origins.update(origins)
             origins.add(product)
-        if any(isinstance(tensor, nn.Parameter) for tensor in operands):
-            origins.discard(INPUT)
+        if has_weights:
+            origins = (origins - {INPUT}) | {_WEIGHTS}
         if origins:
             for tensor in operands[:1] if output is None else tensors_in(output):
                 self._origins[tensor] = origins
         return output
 
-    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
-        """What is called if Python code calls a product; what else it computes is noted by name."""
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_constant: bool) -> Product | None:
+        """What is called if Python code calls a product, but of constants; what else it computes is noted by name."""
         name = arithmetic_called(func) if self._is_called_from_python() else None
         if name is None:
             return None
-        product = product_called(func, args, kwargs, self._stack[-1])
+        product = None if is_constant else product_called(func, args, kwargs, self._stack[-1])
         if product is None and self.is_open:
             self.operations[join_path(self._paths[self._stack[-1]], name)] = self._stack[-1]
         return product

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_mo
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in
-from saq_fx.operators import operands_of
+from saq_fx.operators import operands_of, operator_of
 from saq_fx.state import unmoved
 from saq_fx.tracing import ExampleInputs, Inputs, split_inputs
 
@@ -52,7 +53,8 @@ def measure(
     """Runs a graph in evaluation mode for what there is to know of one sample; leaves no trace in graph or inputs.
 
     The first axis that all example tensors share is taken for the batch and cut to one sample; where the model does
-    not run on that, or where a cut would change more than the first axis of its layers, the inputs are taken whole.
+    not run on that, or where a cut would change more than the first axis of its layers, and the MACs by another factor
+    (experts take what they are given of each sample), the inputs are taken whole.
 
     Args:
         watch: the nodes whose MACs are to be counted as they run.
@@ -71,7 +73,8 @@ def measure(
         single = _run(gm, args, kwargs, watch, {})
     except (TracingError, RuntimeError):  # torch cannot cut sparse tensors
         return whole
-    return single if _cut_only_the_batch(whole.shapes, single.shapes, batch) else whole
+    is_batch = _cut_only_the_batch(whole.shapes, single.shapes, batch) or _multiplies_by(whole, single, batch)
+    return single if is_batch else whole
 
 
 def unfit_type(tensor: Tensor) -> str | None:
@@ -198,13 +201,14 @@ def bind_inputs(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     """
     placeholders = {str(node.target): node for node in gm.graph.nodes if node.op == "placeholder"}
     names = [name for name in placeholders if not name.startswith("*")]
-    rest = {"*": args[len(names) :], "**": {name: value for name, value in kwargs.items() if name not in names}}
+    positional = list(takewhile(lambda name: not name.startswith("*"), placeholders))  # behind *args are keywords
+    rest = {"*": args[len(positional) :], "**": {name: value for name, value in kwargs.items() if name not in names}}
     taken = {name[: name.rfind("*") + 1] for name in placeholders}
     if any(rest[stars] and stars not in taken for stars in rest):
         raise TracingError(
             f"the model takes inputs {', '.join(placeholders)}; got {len(args)} positional and {sorted(kwargs)}"
         )
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(positional, args, strict=False)), **kwargs}
     missing = [name for name in names if name not in given and not placeholders[name].args]
     if missing:
         raise TracingError(f"example_inputs lack {', '.join(missing)}")
@@ -262,6 +266,32 @@ def _batch_size(inputs: Any) -> int | None:
 
 def _first_sample(inputs: Any) -> Any:
     return map_tensors(lambda tensor: tensor[:1] if tensor.dim() > 0 else tensor, inputs)
+
+
+def arguments_in(node: fx.Node, shapes: NodeShapes) -> list[list[Any]]:
+    """The arguments of each run of a node, with shapes in the place of tensors."""
+    return [
+        [shapes[arg][run] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in node.args]
+        for run in range(len(shapes.get(node, ())))
+    ]
+
+
+def macs_of(node: fx.Node, shapes: NodeShapes) -> int:
+    """The MACs of all runs of a node, by the table's formula; 0 of one that calls no operation of the table."""
+    entry = operator_of(node)
+    return 0 if entry is None else sum(map(entry.macs, arguments_in(node, shapes), shapes.get(node, ())))
+
+
+def _multiplies_by(whole: Measured, single: Measured, batch: int) -> bool:
+    """Whether the MACs of all nodes that do not have the same in both runs are so many times as many in the whole."""
+    every, one = _macs_in(whole), _macs_in(single)
+    changed = [node for node in {**every, **one} if every.get(node, 0) != one.get(node, 0)]
+    total = sum(every.get(node, 0) for node in changed)
+    return bool(changed) and total == batch * sum(one.get(node, 0) for node in changed)
+
+
+def _macs_in(run: Measured) -> dict[fx.Node, int]:
+    return run.macs | {node: macs_of(node, run.shapes) for node in run.shapes if node not in run.macs}
 
 
 def _cut_only_the_batch(

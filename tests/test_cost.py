@@ -356,3 +356,55 @@ def test_a_ratio_is_of_the_number_as_written() -> None:
     costs = CostTable((layer(macs=25),))
     (constraint,) = budget_constraints(Budget.ratio(0.57), costs, {"conv": [W4A4]})
     assert 0.57 * (25 * 64) < constraint.limit == 912
+
+
+class Starred(nn.Module):
+    """Takes any number of tensors, and keywords behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(4, 3) for _ in range(3)])
+
+    def forward(self, *xs: Tensor, scale: float = 1.0) -> Any:
+        return sum(head(x) for head, x in zip(self.heads, xs, strict=False)) * scale
+
+
+def test_keywords_behind_starred_inputs_are_no_inputs() -> None:
+    inputs = (torch.randn(2, 4), torch.randn(2, 4))
+    table = cost_table(prepare_saq(Starred(), example_inputs=inputs))
+    assert {layer.name: layer.macs for layer in table.layers} == {"heads.0": 12, "heads.1": 12, "heads.2": 0}
+
+
+class Experts(nn.Module):
+    """Each token goes to two of four experts, of which none sees a whole sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, output = x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))
+        chosen = self.gate(tokens).topk(2).indices
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).any(1).nonzero().flatten()
+            if len(rows):
+                output.index_add_(0, rows, expert(tokens[rows]))
+        return output.view_as(x)
+
+
+class Each(nn.Module):
+    """Its own kernel for each sample, in a loop over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([each @ self.kernel(each.mean(0)).view(4, 3) for each in x])
+
+
+@pytest.mark.parametrize(("model", "macs"), [(Experts(), 5 * 16 + 2 * 5 * 16), (Each(), 48 + 5 * 12)])
+def test_what_samples_share_out_among_layers_counts_for_one(model: nn.Module, macs: int) -> None:
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    for inputs in (x, x[:1]):
+        assert cost_table(prepare_saq(model, example_inputs=inputs)).total_macs == macs

@@ -240,7 +240,7 @@ def enabled_without() -> Any:
         (Asking(), "by parts", ("a", "b")),
         (Filling(), "by parts", ("a", "b")),
         (Averaged(), "by parts", ("a", "b", "teacher")),
-        (Frozen(), "symbolic", ("a", "b", "matmul")),
+        (Frozen(), "symbolic", ("a", "b")),
         (Backbone(), "symbolic", ("a", "a@1", "backbone.0")),
         (nn.utils.spectral_norm(nn.Linear(8, 8)), "symbolic", ("linear",)),
     ],

@@ -1,7 +1,7 @@
 """One run of a model whose own Python code stays: which modules it calls, with what, and what flows between them."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,24 @@ _WEIGHTS = "weights"
 
 @dataclass
 class Calls:
-    """How a module was called from Python code: inputs (one of each kind), where from, and whether under `vmap`."""
+    """How a module was called from Python code: inputs (one of each kind), where from, and whether under `vmap`.
+
+    Also by device the type that autocast had when it was called first.
+    """
 
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    autocast: dict[str, torch.dtype] = field(default_factory=dict)
     kinds: list[Any] = field(default_factory=list)
     origins: set[nn.Module | Product | str] = field(default_factory=set)
     is_transformed: bool = False
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Within: autocast is as it was."""
+        with ExitStack() as scopes:
+            for device, dtype in self.autocast.items():
+                scopes.enter_context(torch.autocast(device, dtype))
+            yield
 
 
 class CallRecorder(TorchFunctionMode):
@@ -109,6 +121,8 @@ class CallRecorder(TorchFunctionMode):
             if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors_in((args, kwargs))):
                 calls.is_transformed = True
             elif kind not in calls.kinds:
+                if not calls.kinds and torch.is_autocast_enabled(device := _device_of((args, kwargs))):
+                    calls.autocast = {device: torch.get_autocast_dtype(device)}
                 calls.kinds.append(kind)
                 calls.inputs.append(cloned((args, kwargs)))  # what comes next may change them
         self._stack.append(module)
@@ -150,6 +164,10 @@ class CallRecorder(TorchFunctionMode):
         if product is None and self.is_open:
             self.operations[join_path(self._paths[self._stack[-1]], name)] = self._stack[-1]
         return product
+
+
+def _device_of(inputs: Any) -> str:
+    return next((tensor.device.type for tensor in tensors_in(inputs)), "cpu")
 
 
 def _kind(value: Any) -> Any:

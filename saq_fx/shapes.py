@@ -1,8 +1,9 @@
 """What a run of a graph tells: shapes and types of its tensors, and MACs of what the operator table lacks."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from itertools import takewhile
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in
 from saq_fx.operators import operands_of, operator_of
-from saq_fx.state import unmoved
+from saq_fx.state import runs_python, unmoved
 from saq_fx.tracing import ExampleInputs, Inputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
@@ -69,7 +70,7 @@ def measure(
     if batch is None or batch == 1:
         return whole
     try:
-        args, kwargs = _first_sample((args, kwargs))
+        args, kwargs = _first_sample((args, kwargs), batch)
         single = _run(gm, args, kwargs, watch, {})
     except (TracingError, RuntimeError):  # torch cannot cut sparse tensors
         return whole
@@ -95,9 +96,7 @@ def is_mask(value: Any) -> bool:
 @contextmanager
 def without_trace(model: nn.Module) -> Iterator[None]:
     """Within: evaluation mode without gradients. Afterwards modes, state and random numbers are what they were."""
-    is_graph = isinstance(model, SaqGraphModule) and not record_of(model).parts and not record_of(model).untraced
-    # Python code may write to any parameter.
-    parameters = written_parameters(model) if is_graph else list(model.parameters())
+    parameters = list(model.parameters()) if _may_write_to_any(model) else written_parameters(model)
     saved = [parameter.detach().clone() for parameter in parameters]
     try:
         with evaluating(model), unmoved(model), torch.random.fork_rng():
@@ -106,6 +105,13 @@ def without_trace(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for parameter, before in zip(parameters, saved, strict=True):
                 parameter.copy_(before)
+
+
+def _may_write_to_any(model: nn.Module) -> bool:
+    """Whether a model has Python code, which may write to any of its parameters, or in a graph to those of a leaf."""
+    if not isinstance(model, SaqGraphModule) or record_of(model).parts or record_of(model).untraced:
+        return True
+    return any(runs_python(each) and any(True for _ in each.parameters()) for each in model.modules())
 
 
 def failure_of(model: nn.Module, inputs: Inputs) -> Exception | None:
@@ -259,13 +265,35 @@ def _run(
 
 
 def _batch_size(inputs: Any) -> int | None:
-    """The common length of the first axis of all input tensors, None where they differ."""
-    lengths = {tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim() > 0}
+    """The common length of the first axis of all input tensors but those that samples share; None where they differ."""
+    tensors: list[Tensor] = []
+    _map_all(tensors.append, inputs)
+    tensors = [tensor for tensor in tensors if tensor.dim() > 0]
+    own = [tensor for tensor in tensors if not _may_be_shared(tensor)]
+    lengths = {tensor.shape[0] for tensor in own or tensors}
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _first_sample(inputs: Any) -> Any:
-    return map_tensors(lambda tensor: tensor[:1] if tensor.dim() > 0 else tensor, inputs)
+def _may_be_shared(tensor: Tensor) -> bool:
+    """Whether a tensor looks as if all samples had it in common: a mask of positions by positions, or one for all."""
+    is_square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] and tensor.is_floating_point()
+    return is_square or tensor.shape[0] == 1 or tensor.dtype == torch.bool
+
+
+def _first_sample(inputs: Any, batch: int) -> Any:
+    return _map_all(lambda tensor: tensor[:1] if tensor.dim() > 0 and tensor.shape[0] == batch else tensor, inputs)
+
+
+def _map_all(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """As `map_tensors`, also in dataclasses."""
+
+    def map_object(item: Any) -> Any:
+        own = copy.copy(item)
+        if is_dataclass(item):
+            vars(own).update(_map_all(function, vars(item)))
+        return own
+
+    return map_tensors(function, value, map_object)
 
 
 def arguments_in(node: fx.Node, shapes: NodeShapes) -> list[list[Any]]:

@@ -4,7 +4,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -408,3 +409,28 @@ def test_what_samples_share_out_among_layers_counts_for_one(model: nn.Module, ma
     x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     for inputs in (x, x[:1]):
         assert cost_table(prepare_saq(model, example_inputs=inputs)).total_macs == macs
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    scale: Tensor | None = None
+
+
+class Attending(nn.Module):
+    """Attention under a mask that all samples share, of inputs that may be in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, given: Batch | Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.layer(given if isinstance(given, Tensor) else given.x)
+        return F.scaled_dot_product_attention(x, x, x, mask)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 5).tril().bool(), torch.zeros(5, 5), torch.zeros(1, 5, 5)])
+@pytest.mark.parametrize("kind", [lambda x: x, Batch])
+def test_a_batch_is_found_beside_masks_and_in_objects(kind: Callable[[Tensor], Any], mask: Tensor | None) -> None:
+    inputs = (kind(torch.randn(3, 5, 4)), *(() if mask is None else (mask,)))
+    assert cost_table(prepare_saq(Attending(), example_inputs=inputs)).total_macs == 5 * 16 + 2 * 5 * 5 * 4

@@ -354,6 +354,7 @@ SIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "split": lambda x: torch.split(x, x.shape[1] // 2, 1)[0],
     "roll": lambda x: torch.roll(x, (x.shape[1] // 2, 1), (1, 2)),
     "tile": lambda x: torch.tile(x, (x.shape[0], 1, 1)),
+    "max": lambda x: F.pad(x, (0, max(x.shape[1:]) - x.size(2), 0, max(x.size(1), 9)))[:, : min([*x.shape, 4])],
     "topk": lambda x: torch.topk(x, x.shape[1] // 2, 1)[0],
 }  # fmt: skip
 
@@ -392,3 +393,38 @@ def test_sizes_that_are_counted_by_are_guarded() -> None:
     assert torch.equal(gm(x), Rolling()(x))
     with pytest.raises(TracingError, match="another path"):
         gm(torch.randn(3, 3))
+
+
+def test_the_larger_of_two_sizes_is_not_guarded() -> None:
+    model = Calling("max")
+    gm = trace(model, torch.randn(2, 5, 8))
+    for shape in ((2, 5, 8), (5, 11, 8), (1, 3, 8)):
+        x = torch.randn(shape)
+        assert torch.equal(gm(x), model(x))
+
+
+class Called(nn.Linear):
+    """Does more at a call than its forward; which may not be followed."""
+
+    def __init__(self, in_python: bool) -> None:
+        super().__init__(4, 4)
+        self.in_python = in_python
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(2 * x) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(-x if self.in_python and x.sum() > 1e9 else x)
+
+
+@pytest.mark.parametrize("in_python", [False, True])
+def test_calls_of_a_class_of_its_own(in_python: bool) -> None:
+    model, x = nn.Sequential(Called(in_python), nn.Linear(4, 4)), torch.randn(2, 4)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert torch.equal(gm(x), model(x))
+    assert {layer.name for _, layer in layers(gm)} == ({"1"} if in_python else {"0", "1"})
+    if in_python:
+        with pytest.raises(TracingError, match="Called overrides __call__"):
+            prepare_saq(model[0], example_inputs=x)
+    else:
+        assert torch.equal(prepare_saq(model[0], example_inputs=x, precision=None)(x), model[0](x))

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import fx, nn
 
 from saq_fx.annotation import (
     LayerAnnotation,
@@ -137,23 +137,25 @@ def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
         if right in dependent and left in dependent:
             calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, None))
         elif right in dependent:
-            calls.append(_Call(gm, path, node, entry, entry.weight, entry.activation, _source(left)))
+            calls.append(_Call(gm, path, node, entry, entry.weight, entry.activation, _source(gm, left)))
         else:
-            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, _source(right)))
+            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, _source(gm, right)))
     return calls
 
 
-def _source(node: fx.Node) -> str:
-    """The first parameter or buffer that a weight expression reads; the node's own name where it reads none."""
-    pending, seen = [node], {node}
+def _source(gm: SaqGraphModule, node: fx.Node) -> str:
+    """The first parameter that a weight expression reads, or else buffer; the node's own name where it reads none."""
+    pending, seen, first = [node], {node}, ""
     while pending:
         current = pending.pop(0)
         if current.op == "get_attr":
-            return str(current.target)
+            first = first or str(current.target)
+            if isinstance(tensor_at(gm, str(current.target)), nn.Parameter):
+                return str(current.target)
         fresh = [each for each in current.all_input_nodes if each not in seen]
         seen.update(fresh)
         pending.extend(fresh)
-    return node.name
+    return first or node.name
 
 
 def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str], shapes: NodeShapes | None) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saq_fx.graph import layers
 from saq_fx.prepare import prepare_saq
 
 
@@ -41,3 +42,20 @@ def test_weights_are_quantized_as_they_are_when_they_are_used(kind: type[nn.Modu
     if kind is Built:
         gm(x).sum().backward()
         assert gm.get_parameter("entries").grad is not None
+
+
+class Masked(nn.Module):
+    """A weight under a mask that comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.mask * (self.layer.weight + 0))
+
+
+def test_a_layer_is_named_by_its_parameter_also_behind_a_mask() -> None:
+    gm = prepare_saq(Masked(), example_inputs=torch.randn(2, 4))
+    assert [(layer.name, layer.weight) for _, layer in layers(gm)] == [("layer", "layer.weight")]

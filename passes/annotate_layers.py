@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import fx, nn
 
 from saq_fx.annotation import (
     LayerAnnotation,
@@ -24,7 +24,7 @@ from saq_fx.graph import SaqGraphModule, graphs, held_by, parts_of
 from saq_fx.operators import Operator, operator_of
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.products import CALLER
-from saq_fx.shapes import Measured, NodeShapes, measure
+from saq_fx.shapes import Measured, NodeShapes, arguments_in, macs_of, measure
 from saq_fx.signs import has_nonnegative_values
 from saq_fx.tracing import ExampleInputs
 from saq_fx.uncounted import may_multiply, problem_of, uncounted_in
@@ -137,23 +137,25 @@ def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
         if right in dependent and left in dependent:
             calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, None))
         elif right in dependent:
-            calls.append(_Call(gm, path, node, entry, entry.weight, entry.activation, _source(left)))
+            calls.append(_Call(gm, path, node, entry, entry.weight, entry.activation, _source(gm, left)))
         else:
-            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, _source(right)))
+            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, _source(gm, right)))
     return calls
 
 
-def _source(node: fx.Node) -> str:
-    """The first parameter or buffer that a weight expression reads; the node's own name where it reads none."""
-    pending, seen = [node], {node}
+def _source(gm: SaqGraphModule, node: fx.Node) -> str:
+    """The first parameter that a weight expression reads, or else buffer; the node's own name where it reads none."""
+    pending, seen, first = [node], {node}, ""
     while pending:
         current = pending.pop(0)
         if current.op == "get_attr":
-            return str(current.target)
+            first = first or str(current.target)
+            if isinstance(tensor_at(gm, str(current.target)), nn.Parameter):
+                return str(current.target)
         fresh = [each for each in current.all_input_nodes if each not in seen]
         seen.update(fresh)
         pending.extend(fresh)
-    return node.name
+    return first or node.name
 
 
 def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str], shapes: NodeShapes | None) -> None:
@@ -274,12 +276,9 @@ def _positions(gm: SaqGraphModule, layer_nodes: list[fx.Node], raw: set[fx.Node]
 def _measured(call: _Call, shapes: NodeShapes) -> dict[str, Any]:
     """Shapes of the first run of a layer, and the MACs of all its runs, as fields of its annotation."""
     outputs = shapes.get(call.node, ())
-    arguments = [
-        [shapes[arg][run] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in call.node.args]
-        for run in range(len(outputs))
-    ]
+    arguments = arguments_in(call.node, shapes)
     return {
-        "macs": sum(map(call.operator.macs, arguments, outputs)),
+        "macs": macs_of(call.node, shapes),
         "activation_shape": arguments[0][call.activation_operand] if outputs and not call.is_lookup else (0,),
         "weight_shape": arguments[0][call.weight_operand] if outputs else _weight_shape(call),
         "output_shape": outputs[0] if outputs else (0,),

@@ -63,6 +63,8 @@ def _rewrite_module(gm: SaqGraphModule, node: fx.Node) -> bool:
     module = called_module(gm, node)
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
+    if "forward" in vars(module):  # its own, not that of its class
+        return False
     kind = type(module)
     expand: Callable[..., Any]
     if kind in _CONVOLUTIONS:

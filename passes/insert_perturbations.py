@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from saq_fx.annotation import inherit_owner, record_of, update_record
-from saq_fx.dataflow import tensor_at
+from saq_fx.dataflow import depends_on_inputs, tensor_at
 from saq_fx.errors import PassError
 from saq_fx.graph import SaqGraphModule, graphs, layers
 from saq_fx.pass_base import Pass, PassResult, check_facts
@@ -89,11 +89,16 @@ def _remove_all(gm: SaqGraphModule) -> bool:
 
 
 def _weight_quantizers(gm: SaqGraphModule) -> dict[str, list[fx.Node]]:
-    """The nodes that call each weight quantizer, by its path."""
+    """The nodes that call each weight quantizer, by its path; none of weights whose shape is known in a run only.
+
+    What sizes of inputs shape (learned queries, repeated for each sample) has no shape that a leaf could have; the
+    parameters that it is made of are perturbed in place.
+    """
     targets = {layer.weight_quantizer for _, layer in layers(gm) if layer.weight_quantizer and not layer.is_product}
+    shaped_by_inputs = depends_on_inputs(gm.graph, or_sizes=True)
     calls: dict[str, list[fx.Node]] = {}
     for node in gm.graph.nodes:
-        if node.op == "call_module" and node.target in targets:
+        if node.op == "call_module" and node.target in targets and node not in shaped_by_inputs:
             calls.setdefault(str(node.target), []).append(node)
     return calls
 

@@ -9,6 +9,7 @@ from saq_fx.annotation import LayerAnnotation, join_path, layer_nodes, record_of
 from saq_fx.dataflow import tensor_at
 from saq_fx.errors import PatternError
 from saq_fx.graph import SaqGraphModule, attribute_at, called_module, graphs, layers, unused_path
+from saq_fx.operation_names import source_of, writes_first
 from saq_fx.operators import operator_named
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import LayerKey
@@ -133,8 +134,8 @@ def _insert_second(site: _Site, factory: _Factory) -> str:
         quantizer = factory.for_activation(site, layer.weight_signed)
         return _insert(site, layer.weight_operand, "other_quantizer", quantizer)
     weight: fx.Node = node.args[layer.weight_operand]  # type: ignore[assignment]
-    shared = next((user for user in weight.users if _is_weight_quantizer(gm, user)), None)
-    if shared is not None:
+    shared = next((user for user in reversed(weight.users) if _is_weight_quantizer(gm, user)), None)
+    if shared is not None and not _is_written(weight, shared, node):
         node.replace_input_with(weight, shared)
         return str(shared.target)
     tensor = tensor_at(gm, str(weight.target)) if weight.op == "get_attr" else None
@@ -144,6 +145,17 @@ def _insert_second(site: _Site, factory: _Factory) -> str:
     if key not in factory.of_weights:
         factory.of_weights[key] = factory.for_weight(site, normalize, channels)
     return _insert(site, layer.weight_operand, "weight_quantizer", factory.of_weights[key])
+
+
+def _is_written(weight: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+    """Whether what lies between two nodes may write to what a weight is, or is a view of."""
+    source = source_of(weight)
+    node = first.next
+    while node is not last:
+        if writes_first(node) and source_of(node) is source:
+            return True
+        node = node.next
+    return False
 
 
 def _feeds_batchnorm(gm: SaqGraphModule, node: fx.Node) -> bool:
@@ -174,7 +186,7 @@ def _insert(site: _Site, operand: int, name: str, quantizer: Quantizer) -> str:
     source: fx.Node = node.args[operand]  # type: ignore[assignment]
     path = _quantizer_path(gm, site.name, name)
     gm.add_submodule(path, quantizer)
-    with gm.graph.inserting_after(source) if name == "weight_quantizer" else gm.graph.inserting_before(node):
+    with gm.graph.inserting_before(node):
         set_arg(node, operand, create_node(gm.graph, "call_module", path, (source,)))
     return path
 

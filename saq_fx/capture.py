@@ -34,6 +34,7 @@ from saq_fx.products import Product, add_products, remove_products
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.resizing import refusing_modules
 from saq_fx.shapes import does_not_run, interpreted, without_trace
+from saq_fx.symbolic import overrides_call
 from saq_fx.tracing import (
     ExampleInputs,
     Inputs,
@@ -66,6 +67,11 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | 
         return trace(model)
     _check_kind(model)
     return _capture(copied(model), None if example_inputs is None else split_inputs(example_inputs))
+
+
+def capture_around(model: nn.Module, example_inputs: ExampleInputs, reason: str) -> SaqGraphModule:
+    """Captures a copy of a model by parts: its own code stays Python, for that reason."""
+    return _capture_around(copied(model), split_inputs(example_inputs), reason)
 
 
 def _check_kind(model: nn.Module) -> None:
@@ -131,6 +137,11 @@ class _ReachingError(TracingError):
 
 def _capture_around(model: nn.Module, inputs: Inputs, reason: str, others: Sequence[Inputs] = ()) -> SaqGraphModule:
     """Keeps the module's own code, and captures what it calls; there may be `others` that it is called with."""
+    if overrides_call(model):
+        raise TracingError(
+            f"{reason}. Nor can its code stay Python, since {type(model).__name__} overrides __call__, of which only "
+            "forward would be left: do in forward what it does"
+        )
     remove_flags(model)
     remove_products(model)
     gm = SaqGraphModule.around(model, _python_graph(model, inputs))
@@ -298,7 +309,8 @@ class _Splitter:
                 self.untraced.append((path, "runs under torch.vmap, in which nothing is quantized"))
             return
         try:
-            part = _accepting_all(module, calls)
+            with calls.scope():
+                part = _accepting_all(module, calls)
             if _has_layers(part):
                 part.act_as(module)
                 self.parts[module] = part

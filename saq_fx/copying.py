@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable
 from copyreg import dispatch_table
-from functools import cache
-from typing import Any, TypeVar
+from functools import cache, update_wrapper
+from types import CellType, FunctionType, MethodType
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from saq_fx.errors import TracingError
-from saq_fx.held import STRUCTURE, shared_with_hooks
+from saq_fx.held import STRUCTURE, holds_modules, shared_with_hooks
 from saq_fx.parametrized import make_picklable
 from saq_fx.scopes import replaced
 
@@ -56,12 +57,64 @@ def copy_module(module: _Module, memo: _Memo | None = None) -> _Module:
             if value and isinstance(value, dict):
                 attributes[name].update({key: _copy(each, memo) for key, each in value.items()})
         else:
-            attributes[name] = copy.deepcopy(value, memo)
+            attributes[name] = _copy(value, memo)
     return own
 
 
 def _copy(value: Any, memo: _Memo) -> Any:
-    return copy_module(value, memo) if isinstance(value, nn.Module) else copy.deepcopy(value, memo)
+    if isinstance(value, nn.Module):
+        return copy_module(value, memo)
+    if type(value) is FunctionType:
+        return _copy_function(value, memo)
+    if type(value) in (list, dict) and id(value) not in memo:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        functions = {key: each for key, each in items if type(each) is FunctionType}
+        own = memo[id(value)] = copy.deepcopy(value, memo)
+        for key, each in functions.items():
+            own[key] = _copy_function(each, memo)
+        return own
+    return copy.deepcopy(value, memo)
+
+
+def _copy_function(function: FunctionType, memo: _Memo) -> FunctionType:
+    """A function (a hook, a lambda in an attribute) that knows the copies of the modules that the given one knows.
+
+    To `copy.deepcopy` functions are constants: those of a copy would run the original's modules.
+    """
+    if id(function) in memo or not _knows_modules(function):
+        return cast("FunctionType", memo.get(id(function), function))
+
+    def fresh(value: Any) -> Any:
+        return _copy(value, memo) if _knows_modules(value) else value
+
+    cells = function.__closure__ or ()
+    copied_cells = [cell for cell in cells if id(cell) not in memo and _knows_modules(cell)]
+    memo.update((id(cell), CellType()) for cell in copied_cells)
+    closure = tuple(memo.get(id(cell), cell) for cell in cells)
+    own = FunctionType(function.__code__, function.__globals__, function.__name__, closure=closure)
+    memo[id(function)] = update_wrapper(own, function)
+    vars(own).pop("__wrapped__")
+    vars(own).update(vars(function))
+    for cell in copied_cells:
+        memo[id(cell)].cell_contents = fresh(cell.cell_contents)
+    own.__defaults__ = function.__defaults__ and tuple(map(fresh, function.__defaults__))
+    named = function.__kwdefaults__
+    own.__kwdefaults__ = named and {name: fresh(value) for name, value in named.items()}
+    return own
+
+
+def _knows_modules(value: Any, seen: frozenset[int] = frozenset()) -> bool:
+    """Whether a value is a module, a weight, a method of one, or a function that has such among what it encloses."""
+    if type(value) is CellType:
+        try:
+            return _knows_modules(value.cell_contents, seen)
+        except ValueError:  # it is empty
+            return False
+    if type(value) is FunctionType:
+        known = (*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return id(value) not in seen and any(_knows_modules(each, seen | {id(value)}) for each in known)
+    owner = value.__self__ if type(value) is MethodType else value
+    return isinstance(owner, nn.Parameter) or holds_modules(owner)
 
 
 @cache

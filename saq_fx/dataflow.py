@@ -28,14 +28,28 @@ def reads_shape_only(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in _ABOUT_SHAPE
 
 
-def depends_on_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose values depend on the values of the graph's inputs."""
+def depends_on_inputs(graph: fx.Graph, or_sizes: bool = False) -> set[fx.Node]:
+    """Nodes whose values depend on the values of the graph's inputs, or on their sizes and types if these count too."""
     dependent: set[fx.Node] = set()
     for node in graph.nodes:
         is_fed = not dependent.isdisjoint(node.all_input_nodes)
-        if node.op == "placeholder" or (is_fed and not reads_shape_only(node)):
+        if node.op == "placeholder" or (is_fed and (or_sizes or not reads_shape_only(node))):
             dependent.add(node)
     return dependent
+
+
+def is_constant(gm: nn.Module, node: fx.Node) -> bool:
+    """Whether a value depends on no values of inputs, on no parameters and on no module that computes."""
+    pending, seen = [node], {node}
+    while pending:
+        each = pending.pop()
+        if each.op in ("placeholder", "call_module") or (each.op == "get_attr" and _is_parameter(gm, each)):
+            return False
+        if not reads_shape_only(each):
+            fresh = [source for source in each.all_input_nodes if source not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return True
 
 
 def reachable(graph: fx.Graph, starts: Iterable[fx.Node], *, forwards: bool) -> set[fx.Node]:

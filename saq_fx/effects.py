@@ -85,7 +85,7 @@ class OnlyIn:
         """What code calls it."""
         return f"{_name(self.function)}_in_{'training' if self.training else 'evaluation'}"
 
-    def __call__(self, training: bool, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, training: bool, /, *args: Any, **kwargs: Any) -> Any:
         """Runs the function if the mode is its own."""
         if training == self.training:
             return self._run(args, kwargs)

@@ -15,7 +15,7 @@ from saq_fx.graph import call_arguments
 from saq_fx.held import is_same
 from saq_fx.modes import is_flag
 from saq_fx.nested import cloned
-from saq_fx.operation_names import writes_first
+from saq_fx.operation_names import source_of, writes_first
 from saq_fx.runtime import switch_autocast
 from saq_fx.state import runs_python, unmoved
 
@@ -52,6 +52,7 @@ class ExampleValues:
         self.changed_arguments = set[fx.Node]()
         self._tracer, self._arguments = tracer, arguments
         self._values: dict[fx.Node, Any] = {}
+        self._written: dict[nn.Parameter, Tensor] = {}  # what these were before nodes wrote to them
         # Sets of nodes: inputs and their items; what depends on inputs; and see `is_computed`.
         self._inputs: set[fx.Node] = set()
         self._dependent: set[fx.Node] = set()
@@ -116,8 +117,14 @@ class ExampleValues:
         self._values.pop(node, None)
 
     def clear(self) -> None:
-        """Let go of all values, which otherwise wait for the collection of the cycles that the tracer is part of."""
+        """Let go of all values, which otherwise wait for the collection of the cycles that the tracer is part of.
+
+        Parameters are what they were.
+        """
         self._values.clear()
+        for parameter, before in self._written.items():
+            parameter.data.copy_(before)
+        self._written.clear()
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -129,6 +136,9 @@ class ExampleValues:
             # Running statistics and averaged parameters that this run moves must not be the model's own.
             is_trained = isinstance(value, nn.Parameter) and value.requires_grad
             return value.clone() if isinstance(value, Tensor) and not is_trained else value
+        written = self._values.get(source_of(node)) if writes_first(node) else None
+        if isinstance(written, nn.Parameter) and written not in self._written:
+            self._written[written] = written.detach().clone()
         args, kwargs = call_arguments(node, self._values.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -141,13 +151,23 @@ class ExampleValues:
         module = self._tracer.root.get_submodule(str(node.target))
         with (
             evaluation_flags(module),
-            unmoved(module) if runs_python(module) else nullcontext(),
+            _unchanged(module) if runs_python(module) else nullcontext(),
         ):
             before = [(each, each.copy()) for each in _containers((args, kwargs))]
             output = module(*args, **kwargs)
             if any(not is_same(each, copied) for each, copied in before):
                 self.changed_arguments.add(node)
             return output
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Within: a module may run that does what it likes. Afterwards its state and its parameters are as before."""
+    saved = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
+    with unmoved(module):
+        yield
+    for parameter, before in saved:
+        parameter.data.copy_(before)
 
 
 def _containers(value: Any) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """What Python asks of symbolic values, answered from the example inputs and guarded in the graph."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from types import FrameType
 from typing import Any
@@ -12,6 +12,7 @@ from saq_fx.dataflow import reads_shape_only
 from saq_fx.errors import TracingError
 from saq_fx.example_values import ExampleValues
 from saq_fx.graph import attribute_at
+from saq_fx.operation_names import source_of, writes_first
 from saq_fx.places import line_of_user
 from saq_fx.proxies import GuardedProxy
 from saq_fx.runtime import CONCRETE, require_same_path
@@ -28,6 +29,7 @@ class GuardedTracer(fx.Tracer):
         super().__init__()
         self.arguments = arguments
         self._examples = ExampleValues(self, arguments or {})
+        self._of_buffers: dict[fx.Node, set[str]] = {}  # guards on what is decided by buffers
         self._index_guards: list[tuple[fx.Node, FrameType, int]] = []
 
     @property
@@ -65,14 +67,47 @@ class GuardedTracer(fx.Tracer):
     def guard(self, node: fx.Node, kind: str, expected: Any) -> None:
         """Makes inputs an error for which a node has another length, type or whatever `kind` asks of it."""
         place = f"{self.scope.module_path or type(self.root).__name__}, {line_of_user()}"
-        self.create_node("call_function", require_same_path, (node, kind, expected, place), {})
+        guard = self.create_node("call_function", require_same_path, (node, kind, expected, place), {})
+        if buffers := self._buffers_behind(node):
+            self._of_buffers[guard] = buffers
+
+    def _buffers_behind(self, node: fx.Node) -> set[str]:
+        """The buffers, and what else is no parameter, whose values decide a value."""
+        pending, seen, found = [node], {node}, set[str]()
+        while pending:
+            each = pending.pop()
+            if each.op == "get_attr" and not isinstance(attribute_at(self.root, str(each.target)), nn.Parameter):
+                found.add(str(each.target))
+            if not reads_shape_only(each):
+                pending.extend(source for source in each.all_input_nodes if source not in seen)
+                seen.update(each.all_input_nodes)
+        return found
+
+    def _reject_changing_guards(self) -> None:
+        """Raises TracingError if a path depends on a buffer that forward itself changes (flags of a first call)."""
+        if not self._of_buffers:
+            return
+        asked = {buffer for node in self.graph.nodes for buffer in self._of_buffers.get(node, ())}
+        for node in self.graph.nodes:
+            source = source_of(node) if writes_first(node) else node
+            if source is not node and source.op == "get_attr" and source.target in asked:
+                raise TracingError(f"control flow depends on {source.target}, which forward changes")
 
     def number(self, kind: Callable[[Any], Any], obj: fx.Proxy) -> Any:
-        """`int` or `float` of a proxy: symbolic of a number that sizes decide, from the example inputs otherwise."""
+        """`int` or `float` of a proxy: symbolic of a number that sizes or settings decide, of the example otherwise."""
         value = self.example(obj)
-        if not isinstance(value, Real) or self._examples.is_computed(obj.node, kind.__name__):
+        if not isinstance(value, Real | Tensor) or self._examples.is_computed(obj.node, kind.__name__):
             return self.concrete(obj, kind.__name__)
         return self.create_proxy("call_function", kind, (obj,), {})
+
+    def extreme(self, function: Callable[..., Any], values: Sequence[Any]) -> Any:
+        """`max` or `min` of several values: symbolic of numbers that sizes decide, by example otherwise."""
+        for each in values:
+            if issubclass(type(each), fx.Proxy):
+                is_number = isinstance(self.example(each), Real)
+                if not is_number or self._examples.is_computed(each.node, function.__name__):
+                    return function(values)
+        return self.create_proxy("call_function", function, (list(values),), {})
 
     def length(self, obj: fx.Proxy) -> Any:
         """The length of a tensor, symbolic; of all else that of the example inputs."""

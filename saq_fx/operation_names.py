@@ -35,6 +35,13 @@ def writes_first(node: fx.Node) -> bool:
     return is_in_place(node) or _asks_for_in_place(node)
 
 
+def source_of(node: fx.Node) -> fx.Node:
+    """The node that a node leads back to by first arguments: what it is a view of, or writes to, if it does either."""
+    while node.op in ("call_function", "call_method") and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def function_name(function: Any) -> str:
     """The same of a function or a method."""
     return _described(function)[0]

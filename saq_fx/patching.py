@@ -209,12 +209,19 @@ class _WholeNumber(type):
 
 @contextmanager
 def _recording_numbers(tracer: Any) -> Iterator[None]:
-    """Within: `int`, `float` and `len` of symbolic values are symbolic, too, where only sizes decide them."""
+    """Within: `int`, `float`, `len`, `max` and `min` of symbolic values are symbolic, where only sizes decide them."""
     recording, length = is_recording(tracer), builtins.len
 
     def symbolic_length(value: Any, /) -> Any:
         is_symbolic = type(value) in (GuardedProxy, GuardedAttribute) and value.tracer is tracer and recording()
         return tracer.length(value) if is_symbolic and not _is_own(sys._getframe(1)) else length(value)
+
+    def extreme(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        values = args[0] if len(args) == 1 and type(args[0]) in (list, tuple) else args
+        is_symbolic = any(type(each) in (GuardedProxy, GuardedAttribute) and each.tracer is tracer for each in values)
+        if not is_symbolic or options or not recording() or _is_own(sys._getframe(1)):
+            return function(*args, **options)
+        return tracer.extreme(function, list(values[0]) if length(values) == 1 else values)
 
     names = {
         original.__name__: _WholeNumber(original.__name__, (original,), {"tracer": tracer, "original": original})
@@ -235,7 +242,7 @@ def _recording_numbers(tracer: Any) -> Iterator[None]:
     try:
         for table, name in changed:
             table[name] = names[name]
-        with replaced(builtins, len=symbolic_length):
+        with replaced(builtins, len=symbolic_length, max=partial(extreme, max), min=partial(extreme, min)):
             yield
     finally:
         for table, name in changed:

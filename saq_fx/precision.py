@@ -90,6 +90,8 @@ class Policy(Mapping[str, Precision]):
     """
 
     def __init__(self, layers: Mapping[str, PrecisionLike] = {}, default: PrecisionLike | None = None) -> None:
+        if not isinstance(layers, Mapping):
+            raise PrecisionError(f"a policy maps layers to precisions, as {{'fc': 'W4A4'}}; it got {layers!r}")
         self._layers = {_checked_key(key): _parse_entry(repr(key), value) for key, value in layers.items()}
         self._default = None if default is None else _parse_entry("the default", default)
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from saq_fx.annotation import LayerAnnotation, record_of
-from saq_fx.capture import capture
+from saq_fx.capture import capture, capture_around
 from saq_fx.copying import copied
 from saq_fx.errors import CalibrationError, PassError, PrecisionError, SaqError, TracingError
 from saq_fx.fitting import Observed
@@ -83,11 +83,24 @@ def _prepared(
     gm = capture(model, example_inputs)
     if record_of(gm).recipe is not None:
         raise SaqError("this graph is quantized already: use apply_policy to change its bits")
+    if precision is not None:
+        _check_values(gm)
+    try:
+        return _rewritten(gm, example_inputs, precision, recipe)
+    except TracingError as error:
+        gm = _captured_around(model, example_inputs, error)
+    return _rewritten(gm, example_inputs, precision, recipe)
+
+
+def _rewritten(
+    gm: SaqGraphModule,
+    example_inputs: ExampleInputs | None,
+    precision: str | Precision | Policy | None,
+    recipe: Recipe | None,
+) -> SaqGraphModule:
     if precision is None:
-        with _blaming(model, example_inputs):
-            Pipeline((Canonicalize(), AnnotateLayers(example_inputs))).run(gm)
+        Pipeline((Canonicalize(), AnnotateLayers(example_inputs))).run(gm)
         return gm
-    _check_values(gm)
     recipe = recipe or Recipe()
     policy = precision if isinstance(precision, Policy) else Policy.uniform(precision)
     observed: Observed = {}
@@ -100,23 +113,27 @@ def _prepared(
         InsertQuantizers(recipe),
         FitLevels(observed),
     )
-    with _blaming(model, example_inputs):
-        Pipeline(passes).run(gm)
+    Pipeline(passes).run(gm)
     return gm
 
 
-@contextmanager
-def _blaming(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None) -> Iterator[None]:
-    """Within: where the model itself does not run on the example either, the error is the model's."""
-    try:
-        yield
-    except TracingError as error:
-        if isinstance(model, nn.Module) and example_inputs is not None:
-            inputs = split_inputs(example_inputs)
-            failure = failure_of(copied(model), inputs)
-            if failure is not None:
-                raise does_not_run(type(model).__name__, inputs, place_and_cause(failure)) from error
-        raise
+def _captured_around(
+    model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None, error: TracingError
+) -> SaqGraphModule:
+    """Captures by parts a model whose graph does not run, as where code tries what fails with real tensors only.
+
+    Raises:
+        TracingError: the model does not run on the example either, or is a graph.
+    """
+    if not isinstance(model, nn.Module) or example_inputs is None:
+        raise error
+    inputs = split_inputs(example_inputs)
+    failure = failure_of(copied(model), inputs)
+    if failure is not None:
+        raise does_not_run(type(model).__name__, inputs, place_and_cause(failure)) from error
+    if isinstance(model, fx.GraphModule):
+        raise error
+    return capture_around(model, example_inputs, str(error))
 
 
 def _check_values(gm: SaqGraphModule) -> None:

@@ -1,7 +1,7 @@
 """One run of a model whose own Python code stays: which modules it calls, with what, and what flows between them."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +20,30 @@ from saq_fx.products import OPENED_ATTENTION, Product, product_called
 INPUT = ""
 """The origin of what is the network's input still, at most rearranged or rescaled without parameters."""
 
+_WEIGHTS = "weights"
+"""The origin of what parameters were used for."""
+
 
 @dataclass
 class Calls:
-    """How a module was called from Python code: inputs (one of each kind), where from, and whether under `vmap`."""
+    """How a module was called from Python code: inputs (one of each kind), where from, and whether under `vmap`.
+
+    Also by device the type that autocast had when it was called first.
+    """
 
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    autocast: dict[str, torch.dtype] = field(default_factory=dict)
     kinds: list[Any] = field(default_factory=list)
     origins: set[nn.Module | Product | str] = field(default_factory=set)
     is_transformed: bool = False
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Within: autocast is as it was."""
+        with ExitStack() as scopes:
+            for device, dtype in self.autocast.items():
+                scopes.enter_context(torch.autocast(device, dtype))
+            yield
 
 
 class CallRecorder(TorchFunctionMode):
@@ -106,6 +121,8 @@ class CallRecorder(TorchFunctionMode):
             if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors_in((args, kwargs))):
                 calls.is_transformed = True
             elif kind not in calls.kinds:
+                if not calls.kinds and torch.is_autocast_enabled(device := _device_of((args, kwargs))):
+                    calls.autocast = {device: torch.get_autocast_dtype(device)}
                 calls.kinds.append(kind)
                 calls.inputs.append(cloned((args, kwargs)))  # what comes next may change them
         self._stack.append(module)
@@ -123,29 +140,34 @@ class CallRecorder(TorchFunctionMode):
         if func is F.multi_head_attention_forward and self._is_called_from_python():
             with self:
                 return OPENED_ATTENTION(*args, **(kwargs or {}))
-        product = self._product(func, args, kwargs or {})
-        output = func(*args, **(kwargs or {}))
         operands = tensors_in((args, kwargs or {}))
         origins = set().union(*(self._origins.get(tensor, ()) for tensor in operands))
+        has_weights = any(isinstance(tensor, nn.Parameter) for tensor in operands)
+        product = self._product(func, args, kwargs or {}, is_constant=not (origins or has_weights))
+        output = func(*args, **(kwargs or {}))
         if product is not None:
             self.calls.setdefault(product, Calls()).origins.update(origins)
             origins.add(product)
-        if any(isinstance(tensor, nn.Parameter) for tensor in operands):
-            origins.discard(INPUT)
+        if has_weights:
+            origins = (origins - {INPUT}) | {_WEIGHTS}
         if origins:
             for tensor in operands[:1] if output is None else tensors_in(output):
                 self._origins[tensor] = origins
         return output
 
-    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
-        """What is called if Python code calls a product; what else it computes is noted by name."""
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_constant: bool) -> Product | None:
+        """What is called if Python code calls a product, but of constants; what else it computes is noted by name."""
         name = arithmetic_called(func) if self._is_called_from_python() else None
         if name is None:
             return None
-        product = product_called(func, args, kwargs, self._stack[-1])
+        product = None if is_constant else product_called(func, args, kwargs, self._stack[-1])
         if product is None and self.is_open:
             self.operations[join_path(self._paths[self._stack[-1]], name)] = self._stack[-1]
         return product
+
+
+def _device_of(inputs: Any) -> str:
+    return next((tensor.device.type for tensor in tensors_in(inputs)), "cpu")
 
 
 def _kind(value: Any) -> Any:

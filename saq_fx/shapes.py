@@ -1,9 +1,11 @@
 """What a run of a graph tells: shapes and types of its tensors, and MACs of what the operator table lacks."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -19,8 +21,8 @@ from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_mo
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in
-from saq_fx.operators import operands_of
-from saq_fx.state import unmoved
+from saq_fx.operators import operands_of, operator_of
+from saq_fx.state import runs_python, unmoved
 from saq_fx.tracing import ExampleInputs, Inputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
@@ -53,7 +55,8 @@ def measure(
     """Runs a graph in evaluation mode for what there is to know of one sample; leaves no trace in graph or inputs.
 
     The first axis that all example tensors share is taken for the batch and cut to one sample; where the model does
-    not run on that, or where a cut would change more than the first axis of its layers, the inputs are taken whole.
+    not run on that, or where a cut would change more than the first axis of its layers, and the MACs by another factor
+    (experts take what they are given of each sample), the inputs are taken whole.
 
     Args:
         watch: the nodes whose MACs are to be counted as they run.
@@ -68,11 +71,12 @@ def measure(
     if batch is None or batch == 1:
         return whole
     try:
-        args, kwargs = _first_sample((args, kwargs))
+        args, kwargs = _first_sample((args, kwargs), batch)
         single = _run(gm, args, kwargs, watch, {})
     except (TracingError, RuntimeError):  # torch cannot cut sparse tensors
         return whole
-    return single if _cut_only_the_batch(whole.shapes, single.shapes, batch) else whole
+    is_batch = _cut_only_the_batch(whole.shapes, single.shapes, batch) or _multiplies_by(whole, single, batch)
+    return single if is_batch else whole
 
 
 def unfit_type(tensor: Tensor) -> str | None:
@@ -93,9 +97,7 @@ def is_mask(value: Any) -> bool:
 @contextmanager
 def without_trace(model: nn.Module) -> Iterator[None]:
     """Within: evaluation mode without gradients. Afterwards modes, state and random numbers are what they were."""
-    is_graph = isinstance(model, SaqGraphModule) and not record_of(model).parts and not record_of(model).untraced
-    # Python code may write to any parameter.
-    parameters = written_parameters(model) if is_graph else list(model.parameters())
+    parameters = list(model.parameters()) if _may_write_to_any(model) else written_parameters(model)
     saved = [parameter.detach().clone() for parameter in parameters]
     try:
         with evaluating(model), unmoved(model), torch.random.fork_rng():
@@ -104,6 +106,13 @@ def without_trace(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for parameter, before in zip(parameters, saved, strict=True):
                 parameter.copy_(before)
+
+
+def _may_write_to_any(model: nn.Module) -> bool:
+    """Whether a model has Python code, which may write to any of its parameters, or in a graph to those of a leaf."""
+    if not isinstance(model, SaqGraphModule) or record_of(model).parts or record_of(model).untraced:
+        return True
+    return any(runs_python(each) and any(True for _ in each.parameters()) for each in model.modules())
 
 
 def failure_of(model: nn.Module, inputs: Inputs) -> Exception | None:
@@ -199,13 +208,14 @@ def bind_inputs(gm: SaqGraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     """
     placeholders = {str(node.target): node for node in gm.graph.nodes if node.op == "placeholder"}
     names = [name for name in placeholders if not name.startswith("*")]
-    rest = {"*": args[len(names) :], "**": {name: value for name, value in kwargs.items() if name not in names}}
+    positional = list(takewhile(lambda name: not name.startswith("*"), placeholders))  # behind *args are keywords
+    rest = {"*": args[len(positional) :], "**": {name: value for name, value in kwargs.items() if name not in names}}
     taken = {name[: name.rfind("*") + 1] for name in placeholders}
     if any(rest[stars] and stars not in taken for stars in rest):
         raise TracingError(
             f"the model takes inputs {', '.join(placeholders)}; got {len(args)} positional and {sorted(kwargs)}"
         )
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(positional, args, strict=False)), **kwargs}
     missing = [name for name in names if name not in given and not placeholders[name].args]
     if missing:
         raise TracingError(f"example_inputs lack {', '.join(missing)}")
@@ -256,13 +266,61 @@ def _run(
 
 
 def _batch_size(inputs: Any) -> int | None:
-    """The common length of the first axis of all input tensors, None where they differ."""
-    lengths = {tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim() > 0}
+    """The common length of the first axis of all input tensors but those that samples share; None where they differ."""
+    tensors: list[Tensor] = []
+    _map_all(tensors.append, inputs)
+    tensors = [tensor for tensor in tensors if tensor.dim() > 0]
+    own = [tensor for tensor in tensors if not _may_be_shared(tensor)]
+    lengths = {tensor.shape[0] for tensor in own or tensors}
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _first_sample(inputs: Any) -> Any:
-    return map_tensors(lambda tensor: tensor[:1] if tensor.dim() > 0 else tensor, inputs)
+def _may_be_shared(tensor: Tensor) -> bool:
+    """Whether a tensor looks as if all samples had it in common: a mask of positions by positions, or one for all."""
+    is_square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] and tensor.is_floating_point()
+    return is_square or tensor.shape[0] == 1 or tensor.dtype == torch.bool
+
+
+def _first_sample(inputs: Any, batch: int) -> Any:
+    return _map_all(lambda tensor: tensor[:1] if tensor.dim() > 0 and tensor.shape[0] == batch else tensor, inputs)
+
+
+def _map_all(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """As `map_tensors`, also in dataclasses."""
+
+    def map_object(item: Any) -> Any:
+        own = copy.copy(item)
+        if is_dataclass(item):
+            vars(own).update(_map_all(function, vars(item)))
+        return own
+
+    return map_tensors(function, value, map_object)
+
+
+def arguments_in(node: fx.Node, shapes: NodeShapes) -> list[list[Any]]:
+    """The arguments of each run of a node, with shapes in the place of tensors."""
+    return [
+        [shapes[arg][run] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in node.args]
+        for run in range(len(shapes.get(node, ())))
+    ]
+
+
+def macs_of(node: fx.Node, shapes: NodeShapes) -> int:
+    """The MACs of all runs of a node, by the table's formula; 0 of one that calls no operation of the table."""
+    entry = operator_of(node)
+    return 0 if entry is None else sum(map(entry.macs, arguments_in(node, shapes), shapes.get(node, ())))
+
+
+def _multiplies_by(whole: Measured, single: Measured, batch: int) -> bool:
+    """Whether the MACs of all nodes that do not have the same in both runs are so many times as many in the whole."""
+    every, one = _macs_in(whole), _macs_in(single)
+    changed = [node for node in {**every, **one} if every.get(node, 0) != one.get(node, 0)]
+    total = sum(every.get(node, 0) for node in changed)
+    return bool(changed) and total == batch * sum(one.get(node, 0) for node in changed)
+
+
+def _macs_in(run: Measured) -> dict[fx.Node, int]:
+    return run.macs | {node: macs_of(node, run.shapes) for node in run.shapes if node not in run.macs}
 
 
 def _cut_only_the_batch(

@@ -49,8 +49,14 @@ def inner_product(first: Iterable[Tensor], second: Iterable[Tensor]) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In single precision if it has less: sums of squares overflow in half precision."""
+    """As real numbers, in single precision if it has less: sums of squares overflow in half precision."""
+    tensor = _real(tensor)
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, by which they are perturbed."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def ascent_scale(norm: float, radius: float) -> float:
@@ -98,8 +104,15 @@ class Ascent(NamedTuple):
 
 def scaled_by_size(gradients: Tensors, values: Tensors) -> tuple[list[Tensor], float]:
     """`v**2 g` and `||v g||`, of gradients g at values v (ASAM, ICML 2021, Eq. 8)."""
-    scaled = torch._foreach_mul(gradients, values)
-    return list(torch._foreach_mul(scaled, values)), float(global_norm(scaled))
+    factors = [_real(value) for value in values]
+    scaled = torch._foreach_mul([_real(gradient) for gradient in gradients], factors)
+    directions = zip(torch._foreach_mul(scaled, factors), gradients, strict=True)
+    return [_like(direction, gradient) for direction, gradient in directions], float(global_norm(scaled))
+
+
+def _like(numbers: Tensor, tensor: Tensor) -> Tensor:
+    """What `_real` has made of such a tensor, turned back."""
+    return torch.view_as_complex(numbers) if tensor.is_complex() else numbers
 
 
 class Buffers:

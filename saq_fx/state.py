@@ -34,15 +34,15 @@ class Attributes:
     """
 
     def __init__(self, model: nn.Module, with_objects: bool = True) -> None:
-        self._saved = {module: (Snapshot(vars(module)), Snapshot(module._buffers)) for module in model.modules()}
-        held = (each for attributes, _ in self._saved.values() for each in attributes.values.values())
+        self._saved = {module: tuple(Snapshot(each) for each in _tables(module)) for module in model.modules()}
+        held = (each for attributes, *_ in self._saved.values() for each in attributes.values.values())
         objects = objects_in(held) if with_objects else []
         self._objects = {Held(each): Snapshot(vars(each)) for each in objects}
 
     def restore(self, model: nn.Module) -> None:
         """Takes symbolic values, and numbers that forward changed, out of the attributes of a model or a part of it."""
         for module in model.modules():
-            for held, snapshot in zip((vars(module), module._buffers), self._saved.get(module, ()), strict=False):
+            for held, snapshot in zip(_tables(module), self._saved.get(module, ()), strict=False):
                 snapshot.put_back(held, snapshot.moved(held))
 
     def restore_all(self, model: nn.Module) -> None:
@@ -65,13 +65,15 @@ class Attributes:
     def kept(self, is_data: Callable[[fx.Node, bool], bool]) -> Kept:
         """What forward has changed such that a later call may know, as a memory or a counter but no cache of sizes."""
         found: Kept = {}
-        owners: dict[nn.Module | Held, Snapshot] = {each: attributes for each, (attributes, _) in self._saved.items()}
+        owners: dict[nn.Module | Held, Snapshot] = {each: attributes for each, (attributes, *_) in self._saved.items()}
         for owner, attributes in (owners | self._objects).items():
             held = _attributes_of(owner)
             for name in attributes.moved(held):
                 if _is_state(held[name], is_data):
                     found[owner, name] = attributes.values.get(name, MISSING)
-        for module, (_, buffers) in self._saved.items():
+        for module, (_, buffers, parameters) in self._saved.items():
+            for name in parameters.moved(module._parameters):
+                raise TracingError(f"{type(module).__name__} is given another parameter {name}, which no graph does")
             for name, buffer in module._buffers.items():
                 if (
                     isinstance(buffer, fx.Proxy)
@@ -181,13 +183,19 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unmoved(model: nn.Module) -> Iterator[None]:
-    """Within: the model may run. Afterwards its state, and the generators of Python and numpy, are as before."""
-    chance = HostRandom()
+    """Within: the model may run. Afterwards its state, and the generators of Python and numpy, are as before.
+
+    It has the parameters that it had, too: code may put others in their place (codebooks that are moving averages).
+    """
+    chance, parameters = HostRandom(), [(each._parameters, dict(each._parameters)) for each in model.modules()]
     try:
         with preserve_state(model):
             yield
     finally:
         chance.put_back()
+        for held, before in parameters:
+            held.clear()
+            held.update(before)
 
 
 def runs_python(module: nn.Module) -> bool:
@@ -199,6 +207,10 @@ def runs_python(module: nn.Module) -> bool:
 
 def _attributes_of(owner: nn.Module | Held) -> dict[str, Any]:
     return vars(owner.value if isinstance(owner, Held) else owner)
+
+
+def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    return vars(module), module._buffers, module._parameters
 
 
 def _holder(owner: nn.Module | Held, name: str) -> dict[str, Any]:

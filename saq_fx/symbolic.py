@@ -90,6 +90,7 @@ class SymbolicTracer(GuardedTracer):
                 with patched(self), rejected_chance():
                     graph = super().trace(root, concrete_args)
                 self.outside_of_graphs = self._hooks.settle(self.untraceable)
+            self._reject_changing_guards()
             for path in self.untraceable:
                 self._attributes.reject_given(root.get_submodule(path), path)
             reject_written_buffers(self._forgotten)
@@ -101,7 +102,9 @@ class SymbolicTracer(GuardedTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node of the graph."""
-        if type(m) is nn.MultiheadAttention or module_qualified_name in self.untraceable:
+        if module_qualified_name in self.untraceable:
+            return True
+        if type(m) is nn.MultiheadAttention and "forward" not in vars(m):
             return True
         if any(True for _ in m.children()) or has_own_call(m):
             return False
@@ -208,6 +211,7 @@ class SymbolicTracer(GuardedTracer):
             with nullcontext() if type(m).__module__.startswith("torch.nn.") else rejected_chance():
                 output = super().call_module(m, forward, args, kwargs)
             reject_written_buffers((m, name) for name in m._buffers if (m, name) in self._forgotten)
+            self._reject_changing_guards()
             return output
         except Exception as error:
             self.module_stack = stack
@@ -219,6 +223,8 @@ class SymbolicTracer(GuardedTracer):
 
     def _python_leaf(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
         """A call of a module that stays Python code; an error if that changes what it is given other than tensors."""
+        if overrides_call(self.root.get_submodule(path)):
+            raise TracingError(f"module {path!r} stays Python code, and overrides __call__, which has run in part")
         if holds_modules((args, kwargs)):
             raise TracingError(f"module {path!r} stays Python code, and is given a module that it may call")
         built = self._built
@@ -281,6 +287,8 @@ class SymbolicTracer(GuardedTracer):
         return lambda root, *args: self._call_root(root, *args, **keyword), positional
 
     def _call_root(self, root: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if overrides_call(root):
+            return root(*args, **kwargs)
         with self._hooks.noted(root, ""):
             return _symbolic_trace._orig_module_call(root, *args, **kwargs)
 
@@ -333,6 +341,15 @@ def _reject_backward_hooks(module: nn.Module) -> None:
         raise TracingError(f"{type(module).__name__} has backward hooks, which no graph runs")
 
 
+def overrides_call(module: nn.Module) -> bool:
+    """Whether a class does more at a call than torch does: runs hooks and forward."""
+    return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
+
+
 def has_own_call(module: nn.Module) -> bool:
-    """Whether calling a module does more than its forward: hooks (as `weight_norm`'s) or parametrizations."""
-    return has_forward_hooks(module) or "parametrizations" in module._modules
+    """Whether calling a module does more than its class's forward, or something else.
+
+    That is: hooks (as `weight_norm`'s), parametrizations, a forward that the object was given itself, or a `__call__`.
+    """
+    has_more = "parametrizations" in module._modules or "forward" in vars(module)
+    return has_more or has_forward_hooks(module) or overrides_call(module)

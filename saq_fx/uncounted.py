@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from saq_fx.annotation import annotation_of, is_training_only, join_path, owner_path, record_of
-from saq_fx.dataflow import reads_shape_only, tensor_at
+from saq_fx.dataflow import is_constant, reads_shape_only, tensor_at
 from saq_fx.graph import SaqGraphModule, called_module, held_by, parts_of
 from saq_fx.mutation import MAKES_NEW, VIEWS
 from saq_fx.operation_names import operation_name
 from saq_fx.operators import operator_of, uncounted_reason
-from saq_fx.shapes import Measured, unfit_type
+from saq_fx.shapes import Measured, macs_of, unfit_type
 
 _NORMALIZES_OR_LOOKS_UP = (
     nn.Embedding,
@@ -43,6 +43,8 @@ def problem_of(gm: nn.Module, node: fx.Node, measured: Measured) -> str | None:
         return "an einsum of more or fewer than two tensors"
     kinds = [_unfit(gm, operand, measured) for operand in (operands[1:] if entry.name == "embedding" else operands)]
     unfit = next((kind for kind in kinds if kind is not None), None)
+    if unfit is None and entry.name != "embedding" and is_constant(gm, node):
+        return "its operands are constants, as of a table of positions; it stays in float"
     return None if unfit is None else f"{unfit} operands are not quantized"
 
 
@@ -121,14 +123,9 @@ def _reason(gm: SaqGraphModule, node: fx.Node, measured: Measured) -> str | None
 
 
 def _macs(node: fx.Node, measured: Measured) -> int:
-    entry, shapes = operator_of(node), measured.shapes
-    if node in measured.macs or entry is None or is_training_only(node):
+    if node in measured.macs or is_training_only(node):
         return measured.macs.get(node, 0)
-    macs = 0
-    for run, output in enumerate(shapes.get(node, ())):
-        arguments = [shapes[arg][run] if isinstance(arg, fx.Node) and arg in shapes else arg for arg in node.args]
-        macs += entry.macs(arguments, output)
-    return macs
+    return macs_of(node, measured.shapes)
 
 
 def has_weights(module: nn.Module) -> bool:

@@ -1,14 +1,18 @@
 """Copies of modules against `copy.deepcopy`."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from saq_fx.copying import copied, copy_module
+from saq_fx.graph import layers
+from saq_fx.prepare import prepare_saq
 from tests.zoo import ZOO
 
 
@@ -66,6 +70,42 @@ def test_classes_that_say_how_they_are_copied_are_obeyed() -> None:
     own = copy_module(nn.Sequential(stated))
     assert own[0].copied
     assert torch.equal(own[0].weight, stated.weight)
+
+
+class Enclosing(nn.Module):
+    """Functions that know the model's modules: in an attribute, in containers, as a hook, as a forward, by defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.features = nn.Linear(3, 3), nn.Linear(3, 3), dict[str, Tensor]()
+        layers, usual = nn.ModuleDict({"inner": self.inner}), self.outer.forward
+        self.feed: Callable[[Tensor], Tensor] = lambda x: layers["inner"](x).relu()
+        self.table = {"first": lambda x, layer=self.inner: layer(x)}
+        self.listed = [lambda x: F.linear(x, self.inner.weight), len]
+        self.outer.forward = lambda x: usual(x) * 2  # type: ignore[method-assign, assignment]
+        self.outer.register_forward_hook(lambda module, args, output: self.keep(output))
+
+    def keep(self, output: Tensor) -> None:
+        self.features["outer"] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.outer(self.feed(x) + self.table["first"](x) + self.listed[0](x))
+        return self.features["outer"] + x
+
+
+def test_functions_know_the_modules_of_the_copy() -> None:
+    model, x = Enclosing(), torch.randn(2, 3)
+    own, gm = copy_module(model), prepare_saq(model, example_inputs=x, precision=None)
+    assert own.listed[1] is len
+    assert {layer.name for _, layer in layers(gm)} == {"inner", "inner@1", "inner@2", "outer"}
+    before = model(x).detach()
+    with torch.no_grad():
+        model.inner.weight.zero_()
+        model.outer.weight.zero_()
+    model.features.clear()
+    assert torch.equal(own(x), before)
+    assert torch.equal(gm(x), before)
+    assert not model.features
 
 
 @pytest.mark.parametrize(

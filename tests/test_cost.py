@@ -4,7 +4,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -356,3 +357,80 @@ def test_a_ratio_is_of_the_number_as_written() -> None:
     costs = CostTable((layer(macs=25),))
     (constraint,) = budget_constraints(Budget.ratio(0.57), costs, {"conv": [W4A4]})
     assert 0.57 * (25 * 64) < constraint.limit == 912
+
+
+class Starred(nn.Module):
+    """Takes any number of tensors, and keywords behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(4, 3) for _ in range(3)])
+
+    def forward(self, *xs: Tensor, scale: float = 1.0) -> Any:
+        return sum(head(x) for head, x in zip(self.heads, xs, strict=False)) * scale
+
+
+def test_keywords_behind_starred_inputs_are_no_inputs() -> None:
+    inputs = (torch.randn(2, 4), torch.randn(2, 4))
+    table = cost_table(prepare_saq(Starred(), example_inputs=inputs))
+    assert {layer.name: layer.macs for layer in table.layers} == {"heads.0": 12, "heads.1": 12, "heads.2": 0}
+
+
+class Experts(nn.Module):
+    """Each token goes to two of four experts, of which none sees a whole sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, output = x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))
+        chosen = self.gate(tokens).topk(2).indices
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).any(1).nonzero().flatten()
+            if len(rows):
+                output.index_add_(0, rows, expert(tokens[rows]))
+        return output.view_as(x)
+
+
+class Each(nn.Module):
+    """Its own kernel for each sample, in a loop over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([each @ self.kernel(each.mean(0)).view(4, 3) for each in x])
+
+
+@pytest.mark.parametrize(("model", "macs"), [(Experts(), 5 * 16 + 2 * 5 * 16), (Each(), 48 + 5 * 12)])
+def test_what_samples_share_out_among_layers_counts_for_one(model: nn.Module, macs: int) -> None:
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    for inputs in (x, x[:1]):
+        assert cost_table(prepare_saq(model, example_inputs=inputs)).total_macs == macs
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    scale: Tensor | None = None
+
+
+class Attending(nn.Module):
+    """Attention under a mask that all samples share, of inputs that may be in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, given: Batch | Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.layer(given if isinstance(given, Tensor) else given.x)
+        return F.scaled_dot_product_attention(x, x, x, mask)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 5).tril().bool(), torch.zeros(5, 5), torch.zeros(1, 5, 5)])
+@pytest.mark.parametrize("kind", [lambda x: x, Batch])
+def test_a_batch_is_found_beside_masks_and_in_objects(kind: Callable[[Tensor], Any], mask: Tensor | None) -> None:
+    inputs = (kind(torch.randn(3, 5, 4)), *(() if mask is None else (mask,)))
+    assert cost_table(prepare_saq(Attending(), example_inputs=inputs)).total_macs == 5 * 16 + 2 * 5 * 5 * 4

@@ -407,3 +407,29 @@ def test_costs_of_a_model_without_values() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).to("meta")
     gm = prepare_saq(model, example_inputs=torch.randn(1, 3, 8, 8, device="meta"), precision=None)
     assert precision_report(gm).total_macs == 4 * 36 * 27 + 288
+
+
+class Trying(nn.Module):
+    """Tries what real tensors refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        try:
+            x = x["hidden"]  # type: ignore[call-overload]
+        except (TypeError, IndexError):
+            x = x.relu()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.Sequential(model, nn.Linear(2, 2))])
+def test_a_graph_that_does_not_run_where_the_model_does_is_captured_by_parts(wrap: Callable[..., nn.Module]) -> None:
+    model, x = wrap(Trying()), torch.randn(3, 4)
+    for each in (prepare_saq(model, example_inputs=x, precision=None), prepare_saq(model, example_inputs=x)):
+        assert record_of(each).tracing == "by parts"
+        assert len(list(layers(each))) == sum(isinstance(layer, nn.Linear) for layer in model.modules())
+        assert precision_report(each).uncounted == ()
+    assert_same(model, prepare_saq(model, example_inputs=x, precision=None), x)

@@ -101,6 +101,16 @@ class Noise(Base):
         return self.second(F.dropout(x, 0.5, True))
 
 
+class Dropping(Base):
+    """Hands the mode on to dropout, in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.training:
+            x = F.dropout(x, 0.5, self.training) + F.dropout(x, p=0.2, training=self.training)
+        return self.second(x)
+
+
 class OtherArguments(Base):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -126,7 +136,7 @@ class Guarded(Base):
 
 
 SYMBOLIC = (
-    InPlace, InPlaceChained, Statistics, Normalized, Codebook, Noise, OtherArguments, Arithmetic, Guarded,
+    InPlace, InPlaceChained, Statistics, Normalized, Codebook, Noise, Dropping, OtherArguments, Arithmetic, Guarded,
 )  # fmt: skip
 
 
@@ -301,3 +311,22 @@ def test_what_was_recorded_in_vain_is_not_read_again() -> None:
     gm = prepare_saq(model, example_inputs=x, precision=None)
     assert_same_in_each_mode(model, gm, x)
     assert all("dropping" in path for path in record_of(gm).parts)
+
+
+class Reset(Base):
+    """Other parameters in the place of its own, in training, as of the codebooks of VQ-VAEs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.training:
+            self.second.weight = nn.Parameter(0.9 * self.second.weight + 0.1 * x.detach().mean((0, 1)))
+        return F.linear(x, self.second.weight)
+
+
+@pytest.mark.parametrize("wrap", [lambda kind: kind(), Around])
+def test_preparing_replaces_no_parameters_as_training_does(wrap: Callable[..., nn.Module]) -> None:
+    model, x = wrap(Reset), torch.randn(2, 5, 8)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert all(torch.equal(gm.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert_same_in_each_mode(model, gm, x)
+    assert_same_in_each_mode(model, gm, torch.randn(3, 5, 8))

@@ -506,3 +506,43 @@ def test_attention_that_gives_weights_in_training_only_is_listed() -> None:
         assert torch.equal(output, expected)
         assert (weights is None) == (not training) == (others is None)
     assert [name for name, _ in precision_report(prepare_saq(model, example_inputs=x)).uncounted] == ["attention"]
+
+
+class LowPrecision(nn.Module):
+    """Runs its layers under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)).float()
+
+
+def test_parts_of_code_under_autocast_are_captured_under_it() -> None:
+    model, x = LowPrecision(), torch.randn(2, 4)
+    assert_same_function(model, prepare_saq(model, example_inputs=x, precision=None), x)
+    found = precision_report(prepare_saq(model, example_inputs=x))
+    assert [row.name for row in found.rows] == ["first", "second.0", "second.2"]
+    assert found.uncounted == ()
+
+
+class Retying(nn.Module):
+    """Ties its weights whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.second.weight = self.first.weight
+        return self.second(self.first(x))
+
+
+def test_parameters_that_forward_puts_in_the_place_of_others() -> None:
+    model, x = Retying(), torch.randn(2, 4)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert all(torch.equal(*pair) for pair in zip(gm.state_dict().values(), model.state_dict().values(), strict=True))
+    for each in (gm, copy.deepcopy(gm)):
+        assert_same_function(copy.deepcopy(model), each, x)

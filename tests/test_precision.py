@@ -135,6 +135,8 @@ def test_policy_copies_are_equal(policy: Policy) -> None:
 
 
 def test_policy_entries_are_checked_at_birth() -> None:
+    with pytest.raises(PrecisionError, match="maps layers to precisions"):
+        Policy([("fc", "W4A4")])  # type: ignore[arg-type]
     with pytest.raises(PrecisionError, match="'conv1': weight bits are 9"):
         Policy({"conv1": "W9A4"})
     with pytest.raises(PrecisionError, match="the default: 'four'"):

@@ -22,6 +22,7 @@ from saq_fx.sharpness import (
     lambda_max,
     perturbed,
     preserve_buffers,
+    scaled_by_size,
     surrogate_gap,
 )
 
@@ -39,6 +40,16 @@ def test_norm_and_inner_product_are_global() -> None:
     flat_a, flat_b = (torch.cat([t.flatten() for t in tensors]) for tensors in (a, b))
     torch.testing.assert_close(global_norm(a), flat_a.norm())
     torch.testing.assert_close(inner_product(a, b), flat_a @ flat_b)
+
+
+def test_complex_numbers_count_as_pairs_of_real_ones() -> None:
+    a, b = ([torch.randn(3, 4, dtype=torch.cfloat), torch.randn(5)] for _ in range(2))
+    flat_a, flat_b = (torch.cat([torch.view_as_real(t).flatten(), u]) for t, u in (a, b))
+    torch.testing.assert_close(global_norm(a), flat_a.norm())
+    torch.testing.assert_close(inner_product(a, b), flat_a @ flat_b)
+    scaled, norm = scaled_by_size(a, b)
+    assert norm == pytest.approx(float((flat_a * flat_b).norm()))
+    torch.testing.assert_close(torch.view_as_real(scaled[0]).flatten(), (flat_a * flat_b**2)[:24])
 
 
 def test_inner_product_pairs_elements_whatever_their_layout() -> None:

@@ -330,6 +330,22 @@ assert torch.equal(compiled(x), x)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
+class Pooling(nn.Module):
+    """Sums the nodes of each graph of a batch: tokens say how many graphs there are."""
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        total = x.new_zeros(int(graph.max()) + 1, x.size(1)).index_add_(0, graph, x)
+        return total / torch.bincount(graph, minlength=int(graph[-1] + 1)).unsqueeze(1)
+
+
+def test_numbers_of_tokens_that_are_only_passed_on_are_not_guarded() -> None:
+    model = Pooling()
+    gm = trace(model, (torch.randn(4, 8), torch.tensor([0, 0, 1, 1])))
+    for graph in ([0, 0, 1, 1], [0, 1, 2, 2], [0, 0, 0]):
+        inputs = torch.randn(len(graph), 8), torch.tensor(graph)
+        assert torch.equal(gm(*inputs), model(*inputs))
+
+
 SIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "conv1d": lambda x: F.conv1d(x.reshape(1, -1, 8), x.new_ones(x.size(0) * 5, 1, 3), groups=x.size(0) * 5),
     "irfft2": lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=(x.size(-2), x.size(-1))),
@@ -338,6 +354,7 @@ SIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "split": lambda x: torch.split(x, x.shape[1] // 2, 1)[0],
     "roll": lambda x: torch.roll(x, (x.shape[1] // 2, 1), (1, 2)),
     "tile": lambda x: torch.tile(x, (x.shape[0], 1, 1)),
+    "max": lambda x: F.pad(x, (0, max(x.shape[1:]) - x.size(2), 0, max(x.size(1), 9)))[:, : min([*x.shape, 4])],
     "topk": lambda x: torch.topk(x, x.shape[1] // 2, 1)[0],
 }  # fmt: skip
 
@@ -376,3 +393,38 @@ def test_sizes_that_are_counted_by_are_guarded() -> None:
     assert torch.equal(gm(x), Rolling()(x))
     with pytest.raises(TracingError, match="another path"):
         gm(torch.randn(3, 3))
+
+
+def test_the_larger_of_two_sizes_is_not_guarded() -> None:
+    model = Calling("max")
+    gm = trace(model, torch.randn(2, 5, 8))
+    for shape in ((2, 5, 8), (5, 11, 8), (1, 3, 8)):
+        x = torch.randn(shape)
+        assert torch.equal(gm(x), model(x))
+
+
+class Called(nn.Linear):
+    """Does more at a call than its forward; which may not be followed."""
+
+    def __init__(self, in_python: bool) -> None:
+        super().__init__(4, 4)
+        self.in_python = in_python
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(2 * x) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(-x if self.in_python and x.sum() > 1e9 else x)
+
+
+@pytest.mark.parametrize("in_python", [False, True])
+def test_calls_of_a_class_of_its_own(in_python: bool) -> None:
+    model, x = nn.Sequential(Called(in_python), nn.Linear(4, 4)), torch.randn(2, 4)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert torch.equal(gm(x), model(x))
+    assert {layer.name for _, layer in layers(gm)} == ({"1"} if in_python else {"0", "1"})
+    if in_python:
+        with pytest.raises(TracingError, match="Called overrides __call__"):
+            prepare_saq(model[0], example_inputs=x)
+    else:
+        assert torch.equal(prepare_saq(model[0], example_inputs=x, precision=None)(x), model[0](x))

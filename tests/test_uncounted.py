@@ -320,3 +320,27 @@ def test_python_code_is_listed_with_what_it_multiplies_itself() -> None:
     assert {name for name, _ in found.uncounted} == {"fft_fft", "inner", "lstm"}
     # The example is taken whole: it has two samples.
     assert found.uncounted_macs in (LINEAR_MACS * 9, 2 * LINEAR_MACS * 9)
+
+
+class Rotary(nn.Module):
+    """The angles of its positions are the same whatever it is given."""
+
+    def __init__(self, in_python: bool) -> None:
+        super().__init__()
+        self.layer, self.in_python = nn.Linear(8, 8), in_python
+        self.register_buffer("frequencies", torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = (torch.arange(x.shape[1]).float()[:, None] @ self.frequencies[None]).repeat(1, 2)
+        x = -x if self.in_python and x.sum() > 1e9 else x
+        return self.layer(x * angles.cos() + x.roll(4, -1) * angles.sin())
+
+
+@pytest.mark.parametrize(("in_python", "reason"), [(False, "operands are constants"), (True, "runs in Python")])
+def test_products_of_constants_stay_in_float(in_python: bool, reason: str) -> None:
+    found = report(Rotary(in_python))
+    assert [row.name for row in found.rows] == ["layer"]
+    ((name, why),) = found.uncounted
+    assert name == "matmul"
+    assert reason in why
+    assert found.uncounted_macs == 5 * 4

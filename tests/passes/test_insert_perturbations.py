@@ -20,6 +20,7 @@ from saq_fx.passes.insert_perturbations import (
 )
 from saq_fx.prepare import prepare_saq
 from saq_fx.sharpness import Perturbation, lambda_max
+from saq_fx.training import SAQ
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -238,3 +239,28 @@ def test_errors_say_what_is_wrong() -> None:
         InsertPerturbations(4)
     with pytest.raises(PassError, match="perturbation leaves"):
         perturbed_weights(prepared())
+
+
+class Queries(nn.Module):
+    """Learned queries, one set for each sample, meet keys that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys, self.head = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.repeat(x.shape[0], 1, 1)
+        return self.head((queries @ self.keys(x).transpose(1, 2)).softmax(-1) @ x)
+
+
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_weights_that_sizes_of_inputs_shape_are_perturbed_in_place(case: int) -> None:
+    gm = prepare_saq(Queries(), example_inputs=torch.randn(2, 5, 4))
+    run(InsertPerturbations(case), gm)
+    names = {parameter: name for name, parameter in gm.named_parameters()}
+    assert [names[weight.parameters[0]] for weight in perturbed_weights(gm)] == ["keys.weight", "head.weight"]
+    optimizer = SAQ(gm, torch.optim.SGD(gm.parameters(), 0.1), case=case, period=1)
+    before = gm.get_parameter("queries").clone()
+    for samples in (2, 3):
+        assert torch.isfinite(optimizer.step(lambda: gm(torch.randn(samples, 5, 4)).square().mean()))  # noqa: B023
+    assert not torch.equal(gm.get_parameter("queries"), before)

@@ -56,9 +56,13 @@ class AnnotateLayers(Pass):
         before = _state(gm)
         calls = [call for path, part in graphs(gm) for call in _find_calls(part, path, self.embeddings)]
         observers = {} if self.observed is None else {call.node: call.observers() for call in calls}
-        measured = Measured()
+        nodes, measured = {call.node for call in calls}, Measured()
+
+        def watch(part: SaqGraphModule, node: fx.Node) -> bool:
+            return node not in nodes and may_multiply(part, node)
+
         if self.example_inputs is not None:
-            measured = measure(gm, self.example_inputs, may_multiply, observers)
+            measured = measure(gm, self.example_inputs, watch, observers)
         calls = [call for call in calls if measured.unfit.keys().isdisjoint(call.operands)]
         _name(calls)
         _rename_clashing(calls)

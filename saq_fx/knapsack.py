@@ -31,6 +31,7 @@ NEIGHBOURHOODS, FREE, ALL = 8, 8, 1 << 15  # searches around an allocation: grou
 WIDER, BLIND = 2.0, 2.0  # a radius by one that is proven to hold nothing, and by one where nothing was found
 TURNS = ((3_000_000, 3.0), (12_000_000, 5.0), (36_000_000, 15.0))
 """Partial allocations that each turn of the enumeration may look at, and seconds of HiGHS after it."""
+PATIENCE, FEW = 4, 2  # how many times more with few constraints, under which HiGHS is seldom the faster one
 
 
 class Solution(NamedTuple):
@@ -77,7 +78,7 @@ def solve(problem: Problem) -> Solution | None:
         return None
     proof, form = _Proof(relaxed), _LinearForm.of(problem)
     for most, seconds in TURNS:
-        proof.enumerate(most)
+        proof.enumerate(most * PATIENCE if len(problem.spare) <= FEW else most)
         proof.branch_and_bound(form, seconds)
     if proof.best is None:
         return None if proof.done else Solution(None, np.inf)

@@ -121,8 +121,8 @@ class CallRecorder(TorchFunctionMode):
             if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors_in((args, kwargs))):
                 calls.is_transformed = True
             elif kind not in calls.kinds:
-                if not calls.kinds and torch.is_autocast_enabled(device := _device_of((args, kwargs))):
-                    calls.autocast = {device: torch.get_autocast_dtype(device)}
+                if not calls.kinds:
+                    calls.autocast = _autocast_of((args, kwargs))
                 calls.kinds.append(kind)
                 calls.inputs.append(cloned((args, kwargs)))  # what comes next may change them
         self._stack.append(module)
@@ -166,8 +166,11 @@ class CallRecorder(TorchFunctionMode):
         return product
 
 
-def _device_of(inputs: Any) -> str:
-    return next((tensor.device.type for tensor in tensors_in(inputs)), "cpu")
+def _autocast_of(inputs: Any) -> dict[str, torch.dtype]:
+    """The type to which autocast lowers what runs on the inputs' device, by device; empty where it is off."""
+    device = next((tensor.device.type for tensor in tensors_in(inputs)), "cpu")
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
+    return {device: torch.get_autocast_dtype(device)} if is_on else {}
 
 
 def _kind(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -546,3 +547,20 @@ def test_parameters_that_forward_puts_in_the_place_of_others() -> None:
     assert all(torch.equal(*pair) for pair in zip(gm.state_dict().values(), model.state_dict().values(), strict=True))
     for each in (gm, copy.deepcopy(gm)):
         assert_same_function(copy.deepcopy(model), each, x)
+
+
+class Drawing(nn.Module):
+    """Python code, since it draws from Python's generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * (random.random() < 2)
+
+
+def test_parts_of_a_model_without_values_are_counted() -> None:
+    gm = prepare_saq(Drawing().to("meta"), example_inputs=torch.zeros(1, 8, device="meta"), precision=None)
+    assert record_of(gm).tracing == "by parts"
+    assert [layer.macs for _, layer in layers(gm)] == [32]

@@ -81,9 +81,9 @@ class _Factory:
         bits, like = site.bits[1], site.placement
         if signed or self.recipe.activation_offsets:
             return StepQuantizer(bits, signed=signed, offset=True, **like)
-        return (
-            StepQuantizer(bits, signed=False, **like) if self.scheme == "lsq" else ClipActivationQuantizer(bits, **like)
-        )
+        if self.scheme == "lsq":
+            return StepQuantizer(bits, signed=False, **like)
+        return ClipActivationQuantizer(bits, **like)
 
     def for_weight(self, site: _Site, normalize: bool, channels: tuple[int, int] | None) -> Quantizer:
         """A quantizer of a weight, with one level for each of the output channels, given as (axis, number)."""

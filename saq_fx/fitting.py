@@ -64,9 +64,7 @@ def rows_of(x: Tensor, level: Tensor, axis: int) -> Tensor:
     rows = x.reshape(1, -1) if level.numel() == 1 else x.movedim(axis, 0).flatten(1)
     stride = x.numel() // _SAMPLES
     rows = rows[:, ::stride] if stride > 1 else rows
-    return (
-        rows if rows.dtype is torch.float32 is level.dtype else rows.to(torch.promote_types(level.dtype, torch.float32))
-    )
+    return rows.to(torch.promote_types(level.dtype, torch.float32))
 
 
 def in_batches(rows: Iterable[tuple[_Owner, Tensor]]) -> Iterator[list[tuple[_Owner, Tensor]]]:

@@ -4,11 +4,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from saq_fx.annotation import (
     LayerAnnotation,
-    Shape,
     annotate,
     annotation_of,
     is_training_only,
@@ -89,7 +88,7 @@ def _state(gm: SaqGraphModule) -> list[Any]:
 class _Call:
     """One quantizable node of the graph at `path`.
 
-    `weight_source` is the parameter or buffer that its weight comes from, None for a product.
+    `weight_source` is the parameter or buffer that its weight comes from, None for a product; `weight_tensor` is that.
     """
 
     graph_module: SaqGraphModule
@@ -99,6 +98,7 @@ class _Call:
     activation_operand: int
     weight_operand: int
     weight_source: str | None
+    weight_tensor: Tensor | None
     name: str = ""
 
     @property
@@ -139,27 +139,28 @@ def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
         if entry.name == "embedding" and (not embeddings or right in dependent):
             continue
         if right in dependent and left in dependent:
-            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, None))
+            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, None, None))
         elif right in dependent:
-            calls.append(_Call(gm, path, node, entry, entry.weight, entry.activation, _source(gm, left)))
+            calls.append(_Call(gm, path, node, entry, entry.weight, entry.activation, *_source(gm, left)))
         else:
-            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, _source(gm, right)))
+            calls.append(_Call(gm, path, node, entry, entry.activation, entry.weight, *_source(gm, right)))
     return calls
 
 
-def _source(gm: SaqGraphModule, node: fx.Node) -> str:
+def _source(gm: SaqGraphModule, node: fx.Node) -> tuple[str, Tensor | None]:
     """The first parameter that a weight expression reads, or else buffer; the node's own name where it reads none."""
-    pending, seen, first = [node], {node}, ""
+    pending, seen, found = [node], {node}, []
     while pending:
         current = pending.pop(0)
         if current.op == "get_attr":
-            first = first or str(current.target)
-            if isinstance(tensor_at(gm, str(current.target)), nn.Parameter):
-                return str(current.target)
+            tensor = tensor_at(gm, str(current.target))
+            found.append((str(current.target), tensor))
+            if isinstance(tensor, nn.Parameter):
+                return found[-1]
         fresh = [each for each in current.all_input_nodes if each not in seen]
         seen.update(fresh)
         pending.extend(fresh)
-    return first or node.name
+    return found[0] if found else (node.name, None)
 
 
 def _describe(gm: SaqGraphModule, calls: list[_Call], groups: dict[str, str], shapes: NodeShapes | None) -> None:
@@ -222,7 +223,7 @@ def _base_name(call: _Call) -> str:
     is_operation, source = record_of(call.graph_module).is_operation, call.weight_source
     if call.is_lookup:
         return owner or call.operator.name
-    if source is None or tensor_at(call.graph_module, source) is None:
+    if source is None or call.weight_tensor is None:
         return call.path if is_operation else join_path(owner, call.operator.name)
     if is_operation:
         weight = join_path(call.path.rpartition(".")[0], source.removeprefix(f"{CALLER}."))
@@ -245,8 +246,7 @@ def _what_is_shared(call: _Call) -> Any:
     """The weight's tensor, the node that computes a weight, or a product itself."""
     if call.weight_source is None:
         return call.node
-    tensor = tensor_at(call.graph_module, call.weight_source) if call.weight.op == "get_attr" else None
-    return call.weight if tensor is None else tensor
+    return call.weight_tensor if call.weight.op == "get_attr" and call.weight_tensor is not None else call.weight
 
 
 def _positions(gm: SaqGraphModule, layer_nodes: list[fx.Node], raw: set[fx.Node]) -> dict[fx.Node, str | None]:
@@ -281,15 +281,10 @@ def _measured(call: _Call, shapes: NodeShapes) -> dict[str, Any]:
     """Shapes of the first run of a layer, and the MACs of all its runs, as fields of its annotation."""
     outputs = shapes.get(call.node, ())
     arguments = arguments_in(call.node, shapes)
+    unreached = (0,) if call.weight_tensor is None else tuple(call.weight_tensor.shape)
     return {
         "macs": macs_of(call.node, shapes),
         "activation_shape": arguments[0][call.activation_operand] if outputs and not call.is_lookup else (0,),
-        "weight_shape": arguments[0][call.weight_operand] if outputs else _weight_shape(call),
+        "weight_shape": arguments[0][call.weight_operand] if outputs else unreached,
         "output_shape": outputs[0] if outputs else (0,),
     }
-
-
-def _weight_shape(call: _Call) -> Shape:
-    """The shape of a weight that no example reaches."""
-    tensor = tensor_at(call.graph_module, call.weight_source) if call.weight_source is not None else None
-    return tuple(tensor.shape) if tensor is not None else (0,)

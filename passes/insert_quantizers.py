@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from saq_fx.annotation import LayerAnnotation, join_path, layer_nodes, record_of, update, update_record
 from saq_fx.dataflow import tensor_at
 from saq_fx.errors import PatternError
-from saq_fx.graph import SaqGraphModule, attribute_at, called_module, graphs, layers, unused_path
+from saq_fx.graph import SaqGraphModule, attribute_at, called_module, graphs, layers, unused_name, unused_path
 from saq_fx.operation_names import source_of, writes_first
 from saq_fx.operators import operator_named
 from saq_fx.pass_base import Pass, PassResult
@@ -45,19 +45,25 @@ class InsertQuantizers(Pass):
                 # An operation may be named by a weight outside of its graph.
                 is_within = layer.name.startswith(path)
                 name = layer.name.removeprefix(path).removeprefix(".") if is_within else ""
-                modified |= _insert_both(_Site(part, node, layer, name, _placement(gm, part, layer)), factory)
+                weight = None if layer.weight is None else tensor_at(part, layer.weight)
+                site = _Site(part, node, layer, name, weight, _placement(gm, part, weight))
+                modified |= _insert_both(site, factory)
         update_record(gm, recipe=self.recipe)
         return PassResult(gm, modified)
 
 
 @dataclass
 class _Site:
-    """A layer that gets its quantizers: its graph, node and annotation, its name within the graph, device and type."""
+    """A layer that gets its quantizers: its graph, node and annotation, its name within the graph, its weight's tensor.
+
+    And device and type, as keyword arguments.
+    """
 
     graph_module: SaqGraphModule
     node: fx.Node
     layer: LayerAnnotation
     name: str
+    weight: Tensor | None
     placement: dict[str, Any]
 
     @property
@@ -94,9 +100,8 @@ class _Factory:
         return ClipWeightQuantizer(bits, channels=count, channel_axis=axis, normalize=normalize, **like)
 
 
-def _placement(gm: SaqGraphModule, part: SaqGraphModule, layer: LayerAnnotation) -> dict[str, Any]:
-    """Device and type of the layer's weight, or of whatever parameter there is, in its part or anywhere."""
-    weight = None if layer.weight is None else tensor_at(part, layer.weight)
+def _placement(gm: SaqGraphModule, part: SaqGraphModule, weight: Tensor | None) -> dict[str, Any]:
+    """Device and type of a layer's weight, or of whatever parameter there is, in its part or anywhere."""
     reference = next(part.parameters(), next(gm.parameters(), None)) if weight is None else weight
     if reference is None:
         return {}
@@ -138,7 +143,7 @@ def _insert_second(site: _Site, factory: _Factory) -> str:
     if shared is not None and not _is_written(weight, shared, node):
         node.replace_input_with(weight, shared)
         return str(shared.target)
-    tensor = tensor_at(gm, str(weight.target)) if weight.op == "get_attr" else None
+    tensor = site.weight if weight.op == "get_attr" else None
     channels = _output_channels(layer, tensor) if recipe.per_channel else None
     normalize = recipe.normalize_weights and layer.op.startswith("conv") and _feeds_batchnorm(gm, node)
     key = (weight if tensor is None else id(tensor), normalize, channels)
@@ -184,16 +189,20 @@ def _insert(site: _Site, operand: int, name: str, quantizer: Quantizer) -> str:
     """Adds a quantizer under the layer's path and its node in front of one operand; the quantizer's path."""
     gm, node = site.graph_module, site.node
     source: fx.Node = node.args[operand]  # type: ignore[assignment]
-    path = _quantizer_path(gm, site.name, name)
-    gm.add_submodule(path, quantizer)
+    path = _add_quantizer(gm, site.name, name, quantizer)
     with gm.graph.inserting_before(node):
         set_arg(node, operand, create_node(gm.graph, "call_module", path, (source,)))
     return path
 
 
-def _quantizer_path(gm: SaqGraphModule, layer: str, name: str) -> str:
-    """`layer.input_quantizer`; `layer.input_quantizer_1` for a further call of it, `layer@1`."""
+def _add_quantizer(gm: SaqGraphModule, layer: str, name: str, quantizer: Quantizer) -> str:
+    """As `layer.input_quantizer`, or `layer.input_quantizer_1` for a further call of it, `layer@1`; its path."""
     base, _, _ = layer.partition("@")
-    if isinstance(attribute_at(gm, base), nn.Module | None):
-        return unused_path(gm, join_path(base, name))
-    return unused_path(gm, f"{base}_{name}")
+    holder = attribute_at(gm, base)
+    if isinstance(holder, nn.Module):
+        name = unused_name(holder, name)
+        holder.add_module(name, quantizer)
+        return join_path(base, name)
+    path = unused_path(gm, join_path(base, name) if holder is None else f"{base}_{name}")
+    gm.add_submodule(path, quantizer)
+    return path

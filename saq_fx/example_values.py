@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saq_fx.dataflow import reads_shape_only
 from saq_fx.effects import is_random
 from saq_fx.graph import call_arguments
-from saq_fx.held import is_same
+from saq_fx.held import is_same, modules_in
 from saq_fx.modes import is_flag
 from saq_fx.nested import cloned
 from saq_fx.operation_names import source_of, writes_first
@@ -182,7 +182,7 @@ def _containers(value: Any) -> Iterator[Any]:
 @contextmanager
 def evaluation_flags(module: nn.Module) -> Iterator[None]:
     """Within: the flags of a module and of all in it say evaluation, so that no running statistic moves."""
-    saved = {each: each.training for each in module.modules()}
+    saved = {each: each.training for each in modules_in(module)}
     _set_flags(dict.fromkeys(saved, False))
     try:
         yield

@@ -7,7 +7,6 @@ from types import new_class
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.graph_module import _copy_attr
 
 from saq_fx import annotation
 from saq_fx.annotation import LayerAnnotation, join_path, record_of
@@ -43,15 +42,7 @@ class SaqGraphModule(fx.GraphModule):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "SaqGraphModule") -> None:
         super().__init__(root, graph, class_name)
-        present = self.state_tensor_names()
-        tensors = [
-            *root.named_parameters(remove_duplicate=False),
-            *root.named_buffers(remove_duplicate=False),
-        ]
-        for name, _ in tensors:
-            if name not in present:
-                _copy_attr(root, self, name)
-        _order_as(self, root)
+        _complete(self, root)
         buffers = {name for name, _ in self.named_buffers()}
         if buffers:
             self._keep_out_of_state(buffers - set(root.state_dict(keep_vars=True)))
@@ -170,18 +161,23 @@ class SaqGraphModule(fx.GraphModule):
 _GRAPH_NAMES = {*dir(SaqGraphModule), *dir(fx.GraphModule({}, fx.Graph()))} - set(dir(nn.Module()))
 
 
-def _order_as(module: nn.Module, model: nn.Module) -> None:
-    """Gives children, parameters and buffers the order that they have in the model, and so do all that iterate."""
+def _complete(module: nn.Module, model: nn.Module) -> None:
+    """Gives a module the tensors of its model that no node reads, too, and all of them the order of the model."""
     if module is model:
         return
-    for kind in ("_modules", "_parameters", "_buffers"):
-        held, order = getattr(module, kind), list(getattr(model, kind))
-        for name in [name for name in order if name in held]:
-            held[name] = held.pop(name)
-    for name, child in module.named_children():
-        of_model = getattr(model, name, None)
-        if isinstance(of_model, nn.Module):
-            _order_as(child, of_model)
+    for kind in ("_parameters", "_buffers"):
+        held = vars(module)[kind]
+        for name, tensor in vars(model)[kind].items():
+            if name in held or tensor is not None:
+                held[name] = held.pop(name, tensor)
+    for name, of_model in model._modules.items():
+        if of_model is None:
+            continue
+        known = module._modules.pop(name, None)
+        child = nn.Module() if known is None else known
+        _complete(child, of_model)
+        if known is not None or child._parameters or child._buffers or child._modules:
+            module._modules[name] = child
 
 
 def _empty() -> SaqGraphModule:
@@ -283,13 +279,16 @@ def unused_path(gm: nn.Module, path: str) -> str:
     """`path`, or `path_1`, `path_2`, … where an attribute of that name is taken."""
     parent_path, _, name = path.rpartition(".")
     parent = attribute_at(gm, parent_path)
-    if parent is None:
-        return path
+    return path if parent is None else join_path(parent_path, unused_name(parent, name))
+
+
+def unused_name(holder: Any, name: str) -> str:
+    """`name`, or `name_1`, `name_2`, … where an attribute of that name is taken."""
     candidate, index = name, 0
-    while _has(parent, candidate):
+    while _has(holder, candidate):
         index += 1
         candidate = f"{name}_{index}"
-    return join_path(parent_path, candidate)
+    return candidate
 
 
 def _has(holder: Any, name: str) -> bool:

@@ -1,5 +1,6 @@
 """What modules, objects and hooks hold from one call to the next: to notice what a call has changed, and to undo it."""
 
+import operator
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -25,14 +26,19 @@ class Snapshot:
     """What attributes, buffers or variables are now, with all that the containers among them hold."""
 
     def __init__(self, held: Mapping[str, Any]) -> None:
+        self._all = list(held.values())
         self.values = {name: value for name, value in held.items() if name not in STRUCTURE}
         self._contents: dict[str, list[tuple[Any, Any]]] = {}
         for name, value in self.values.items():
             if type(value) in _CONTAINERS or type(value) is tuple:
-                self._contents[name] = [(each, each.copy()) for each in _walk([value]) if type(each) in _CONTAINERS]
+                contents = [(each, each.copy()) for each in _walk([value]) if type(each) in _CONTAINERS]
+                if contents:
+                    self._contents[name] = contents
 
     def moved(self, held: Mapping[str, Any]) -> list[str]:
         """The names under which there is a symbolic value now, another number or other contents."""
+        if not self._contents and len(held) == len(self._all) and all(map(operator.is_, held.values(), self._all)):
+            return []
         items = ((name, value) for name, value in held.items() if name not in STRUCTURE)
         return [name for name, value in items if self._is_moved(name, value)]
 
@@ -170,9 +176,22 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
+def modules_in(model: nn.Module) -> list[nn.Module]:
+    """As `list(model.modules())`, which takes several times as long: it makes up the path of each."""
+    found: dict[nn.Module, None] = {}
+    pending: list[nn.Module | None] = [model]
+    while pending:
+        module = pending.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            if module._modules:
+                pending.extend(reversed(module._modules.values()))
+    return list(found)
+
+
 def forward_hooks(model: nn.Module) -> Iterator[Callable[..., Any]]:
     """The hooks that run before or after the forward of any of the model's modules."""
-    for module in model.modules():
+    for module in modules_in(model):
         if has_forward_hooks(module):
             yield from (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from saq_fx.effects import has_effects
-from saq_fx.held import Snapshot, forward_hooks, function_of, is_same, kept_by
+from saq_fx.held import Snapshot, forward_hooks, function_of, is_same, kept_by, modules_in
 from saq_fx.modes import is_within
 from saq_fx.runtime import require_same_path
 
@@ -44,11 +44,11 @@ class HookTables:
     """The hooks of a model's modules as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._modules = modules_in(model)
         self._before = self._now()
 
     def _now(self) -> dict[tuple[nn.Module, str], dict[Any, Any]]:
-        held = ((module, vars(module)) for module in self._model.modules())
+        held = ((module, vars(module)) for module in self._modules)
         return {(module, name): dict(here[name]) for module, here in held for name in _TABLES if here.get(name)}
 
     @property

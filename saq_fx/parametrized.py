@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from saq_fx.held import modules_in
+
 
 def plain_class(module: nn.Module) -> type:
     """The class that a module had before it was parametrized, if it was."""
@@ -22,7 +24,7 @@ def add_properties(module: nn.Module) -> None:
 
 def make_picklable(model: nn.Module) -> None:
     """Gives the parametrized modules of a model classes that pickle; those that they had stay as they are."""
-    for module in model.modules():
+    for module in modules_in(model):
         if "parametrizations" not in module._modules:
             continue  # the question below takes longer
         kind = type(module)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
+from torch import fx, nn
 
 from saq_fx.annotation import record_of
 from saq_fx.errors import PassError, SaqError, with_notes
-from saq_fx.graph import SaqGraphModule, graphs, layers
+from saq_fx.graph import SaqGraphModule, attribute_at, graphs, layers
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,34 @@ class Pipeline:
 
 
 def _lint(gm: SaqGraphModule, done: list[str]) -> None:
-    for _, part in graphs(gm):
-        try:
-            part.graph.lint()
-        except Exception as error:
-            raise PassError(f"the graph is broken after {', '.join(done)}: {error}") from error
+    for path, part in graphs(gm):
+        problem = _problem_in(part)
+        if problem is not None:
+            place = f"the graph of {path}" if path else "the graph"
+            raise PassError(f"{place} is broken after {', '.join(done)}: {problem}")
+
+
+def _problem_in(gm: SaqGraphModule) -> str | None:
+    """What `gm.graph.lint()` looks for, which takes four times as long to find a target."""
+    computed: set[fx.Node] = set()
+    names: set[str] = set()
+    for node in gm.graph.nodes:
+        if not computed.issuperset(node.all_input_nodes):
+            early = next(each for each in node.all_input_nodes if each not in computed)
+            return f"{node} uses {early}, which is not computed before it in this graph"
+        if node.name in names:
+            return f"two nodes have the name {node}"
+        if node.op in ("call_module", "get_attr"):
+            found = attribute_at(gm, str(node.target))
+            if found is None:
+                return f"{node} refers to the nonexistent attribute {node.target}"
+            if node.op == "call_module" and not isinstance(found, nn.Module):
+                return f"{node} calls {node.target}, which is a {type(found).__name__} and no module"
+        elif node.op == "call_function" and not callable(node.target):
+            return f"{node} calls {node.target!r}, which is no function"
+        computed.add(node)
+        names.add(node.name)
+    return None
 
 
 def _run_checked(each: Pass, gm: SaqGraphModule, description: str) -> PassResult:

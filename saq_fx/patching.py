@@ -21,6 +21,7 @@ from torch.utils import checkpoint
 from saq_fx.bytecode import asks_for_type, multiplies
 from saq_fx.eager import without_fused_layers
 from saq_fx.errors import TracingError
+from saq_fx.held import modules_in
 from saq_fx.proxies import IN_PLACE_OPERATORS, GuardedAttribute, GuardedProxy, TrainingMarker, find_proxy
 from saq_fx.runtime import apply_function, class_name, is_importable
 from saq_fx.scopes import followed_scopes, is_recording, replaced
@@ -35,7 +36,7 @@ _TYPES_OF_VALUES = (Tensor, int, float, bool, str, list, tuple, dict)
 
 @contextmanager
 def patched(tracer: fx.Tracer) -> Iterator[None]:
-    """Within: all of the below, for nodes of this tracer's graph."""
+    """Within: all of the below but for `telling_types`, for nodes of this tracer's graph."""
     with (
         _following_wrapped_products(),
         _recording_factories(tracer),
@@ -43,7 +44,6 @@ def patched(tracer: fx.Tracer) -> Iterator[None]:
         without_fused_layers(),
         followed_scopes(tracer),
         _recording_functions(tracer),
-        _telling_types(tracer),
         _recording_numbers(tracer),
         _RealParameters(tracer),
     ):
@@ -151,7 +151,7 @@ def _recording_functions(tracer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _telling_types(tracer: Any) -> Iterator[None]:
+def telling_types(tracer: Any) -> Iterator[None]:
     """Within: a symbolic value is an instance of what its value on the example inputs is one of.
 
     A property `__class__` of proxies would tell C++ code, too, which then takes a proxy's memory for a tensor's.
@@ -227,7 +227,7 @@ def _recording_numbers(tracer: Any) -> Iterator[None]:
         original.__name__: _WholeNumber(original.__name__, (original,), {"tracer": tracer, "original": original})
         for original in (int, float)
     }
-    kinds = {kind for module in tracer.root.modules() for kind in type(module).__mro__}
+    kinds = {kind for module in modules_in(tracer.root) for kind in type(module).__mro__}
     held = [(table, kind) for kind in kinds if (table := _globals_of(kind)) is not None]
     tables = {id(table): table for table, _ in held}
     # Torch and numpy know the types themselves only.

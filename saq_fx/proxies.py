@@ -3,11 +3,14 @@
 import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import numpy as np
 from torch import fx
 from torch.fx import _symbolic_trace
+from torch.overrides import is_tensor_method_or_property
 
 from saq_fx.errors import TracingError
 from saq_fx.operation_names import AUGMENTED
@@ -85,10 +88,17 @@ class GuardedProxy(fx.Proxy):
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         """Records a call; that torch asked for its sizes as integers before has decided nothing."""
-        proxy: Any = find_proxy(args or (), kwargs or {})
+        args, kwargs = args or (), kwargs or {}
+        proxy: Any = find_proxy(args, kwargs)
         if proxy is not None:
             proxy.tracer.drop_guards_of_call(sys._getframe(1))
-        return super().__torch_function__(orig_method, types, args, kwargs)
+        if proxy is None or type(orig_method) not in _FUNCTIONS:
+            return super().__torch_function__(orig_method, types, args, kwargs)
+        # As in torch, which goes through all arguments once more.
+        tracer, name = proxy.tracer, orig_method.__name__
+        if _is_method(orig_method):
+            return tracer.create_proxy("call_method", name, args, kwargs)
+        return tracer.create_proxy("call_function", orig_method, args, kwargs, tracer.graph._target_to_str(name))
 
     def __divmod__(self, other: Any) -> tuple[Any, Any]:
         return self // other, self % other
@@ -127,6 +137,8 @@ _OPERATORS = {
     np.power: operator.pow,
     np.remainder: operator.mod,
 }
+_is_method = cache(is_tensor_method_or_property)
+_FUNCTIONS = (BuiltinFunctionType, FunctionType, MethodDescriptorType)
 _OWN_ATTRIBUTES = ("tracer", "node", "root", "attr", "_node")
 
 

@@ -1,7 +1,8 @@
 """Replacing a node by what a function records on proxies."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx
@@ -18,9 +19,11 @@ def create_node(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = (
     return node
 
 
-def set_args(node: fx.Node, args: tuple[Any, ...]) -> None:
+def set_args(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
     """As `node.args = args`, which also takes the node out of the table of its graph's targets and puts it back."""
     fx.Node.args.fset(node, args)  # type: ignore[attr-defined]
+    if kwargs:
+        fx.Node.kwargs.fset(node, kwargs)  # type: ignore[attr-defined]
 
 
 def set_arg(node: fx.Node, position: int, value: fx.Node) -> None:

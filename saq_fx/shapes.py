@@ -18,6 +18,7 @@ from saq_fx.errors import TracingError, with_notes
 from saq_fx.example_values import evaluation_flags
 from saq_fx.fitting import Observer
 from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_module, graphs
+from saq_fx.held import modules_in
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in
@@ -112,7 +113,7 @@ def _may_write_to_any(model: nn.Module) -> bool:
     """Whether a model has Python code, which may write to any of its parameters, or in a graph to those of a leaf."""
     if not isinstance(model, SaqGraphModule) or record_of(model).parts or record_of(model).untraced:
         return True
-    return any(runs_python(each) and any(True for _ in each.parameters()) for each in model.modules())
+    return any(runs_python(each) and any(True for _ in each.parameters()) for each in modules_in(model))
 
 
 def failure_of(model: nn.Module, inputs: Inputs) -> Exception | None:

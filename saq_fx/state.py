@@ -10,7 +10,17 @@ from torch import Tensor, fx, nn
 
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
-from saq_fx.held import MISSING, Snapshot, forward_hooks, has_forward_hooks, is_plain, kept_by, objects_in, proxies_in
+from saq_fx.held import (
+    MISSING,
+    Snapshot,
+    forward_hooks,
+    has_forward_hooks,
+    is_plain,
+    kept_by,
+    modules_in,
+    objects_in,
+    proxies_in,
+)
 from saq_fx.operation_names import is_in_place
 from saq_fx.quantizers import Quantizer
 from saq_fx.sharpness import Buffers, HostRandom
@@ -34,14 +44,14 @@ class Attributes:
     """
 
     def __init__(self, model: nn.Module, with_objects: bool = True) -> None:
-        self._saved = {module: tuple(Snapshot(each) for each in _tables(module)) for module in model.modules()}
+        self._saved = {module: tuple(Snapshot(each) for each in _tables(module)) for module in modules_in(model)}
         held = (each for attributes, *_ in self._saved.values() for each in attributes.values.values())
         objects = objects_in(held) if with_objects else []
         self._objects = {Held(each): Snapshot(vars(each)) for each in objects}
 
     def restore(self, model: nn.Module) -> None:
         """Takes symbolic values, and numbers that forward changed, out of the attributes of a model or a part of it."""
-        for module in model.modules():
+        for module in modules_in(model):
             for held, snapshot in zip(_tables(module), self._saved.get(module, ()), strict=False):
                 snapshot.put_back(held, snapshot.moved(held))
 
@@ -148,7 +158,7 @@ class ForwardState:
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = Buffers(model)
-        attributes = (vars(each) for each in model.modules() if runs_python(each))
+        attributes = (vars(each) for each in modules_in(model) if runs_python(each))
         of_modules: list[tuple[MutableMapping[str, Any], Snapshot]] = [(each, Snapshot(each)) for each in attributes]
         objects = objects_in(value for _, each in of_modules for value in each.values.values())
         others: list[MutableMapping[str, Any]] = [vars(each) for each in objects]
@@ -157,7 +167,7 @@ class ForwardState:
         held = [value for _, each in self._attributes for value in each.values.values()]
         tensors = [value for value in held if isinstance(value, Tensor) and value.layout is torch.strided]
         self._tensors = [(tensor, tensor.clone()) for tensor in tensors if 0 not in tensor.stride()]
-        self._levels_set = [(each, each.initialized) for each in model.modules() if isinstance(each, Quantizer)]
+        self._levels_set = [(each, each.initialized) for each in modules_in(model) if isinstance(each, Quantizer)]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -187,7 +197,7 @@ def unmoved(model: nn.Module) -> Iterator[None]:
 
     It has the parameters that it had, too: code may put others in their place (codebooks that are moving averages).
     """
-    chance, parameters = HostRandom(), [(each._parameters, dict(each._parameters)) for each in model.modules()]
+    chance, parameters = HostRandom(), [(each._parameters, dict(each._parameters)) for each in modules_in(model)]
     try:
         with preserve_state(model):
             yield

@@ -17,13 +17,14 @@ from saq_fx.bytecode import multiplies
 from saq_fx.errors import TracingError
 from saq_fx.given import given
 from saq_fx.guards import GuardedTracer
-from saq_fx.held import has_forward_hooks, holds_modules
+from saq_fx.held import has_forward_hooks, holds_modules, modules_in
 from saq_fx.hooks import HookCalls, preserve_hook_state
 from saq_fx.modes import flag_path
 from saq_fx.operation_names import writes_first
-from saq_fx.patching import patched
+from saq_fx.patching import patched, telling_types
 from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
+from saq_fx.rewriting import set_args
 from saq_fx.runtime import build_object, class_name, find_class, is_importable, require_default, require_given
 from saq_fx.scopes import GradientFlow
 from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance, runs_python
@@ -79,10 +80,10 @@ class SymbolicTracer(GuardedTracer):
         """
         self.root = root
         self._hooks = HookCalls(self)
-        self._paths = set(root.modules())
+        self._paths = set(modules_in(root))
         self._attributes = Attributes(root)
         self._gradients = GradientFlow(root, self.arguments)
-        for module in root.modules():
+        for module in self._paths:
             if isinstance(module.__dict__["training"], TrainingMarker):
                 module.__dict__["training"].tracer = self
         try:
@@ -121,9 +122,12 @@ class SymbolicTracer(GuardedTracer):
         """The path of the module whose forward runs now."""
         return next(reversed(self.module_stack.values()), ("", None))[0]
 
-    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
         """A node; detached where the model computes it without gradients that the graph would give it."""
-        node = super().create_node(kind, target, *args, **kwargs)
+        node = super().create_node(kind, target, (), {}, name, type_expr)
+        set_args(node, args, kwargs)
         if self.scopes_without_gradients and self._gradients.reaches(node):
             return self._without_gradient(node)
         if kind == "call_method" and target == "backward":
@@ -287,10 +291,11 @@ class SymbolicTracer(GuardedTracer):
         return lambda root, *args: self._call_root(root, *args, **keyword), positional
 
     def _call_root(self, root: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if overrides_call(root):
-            return root(*args, **kwargs)
-        with self._hooks.noted(root, ""):
-            return _symbolic_trace._orig_module_call(root, *args, **kwargs)
+        with telling_types(self):
+            if overrides_call(root):
+                return root(*args, **kwargs)
+            with self._hooks.noted(root, ""):
+                return _symbolic_trace._orig_module_call(root, *args, **kwargs)
 
     def _open_attention(self, attention: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
         """Where attention is not in a graph, in which it could be a leaf, but is all of it."""
@@ -301,7 +306,8 @@ class SymbolicTracer(GuardedTracer):
         def parameter(path: str) -> Any:
             return operator.attrgetter(path)(attention)
 
-        return open_multihead_attention(attention, parameter, training, *args, **kwargs)
+        with telling_types(self):
+            return open_multihead_attention(attention, parameter, training, *args, **kwargs)
 
     def _root_argument(self, name: str, parameter: inspect.Parameter) -> Any:
         is_none = name in (self.arguments or {}) and (self.arguments or {})[name] is None

@@ -20,6 +20,7 @@ from saq_fx.copying import copied
 from saq_fx.errors import TracingError, TrainingError
 from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
+from saq_fx.held import modules_in
 from saq_fx.hooks import HookTables
 from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
 from saq_fx.nested import cloned
@@ -140,7 +141,7 @@ def _call_once(model: nn.Module, inputs: Inputs) -> None:
 
 def modes_of(model: nn.Module) -> dict[bool, dict[nn.Module, bool]]:
     """The mode of every module after `train()` and after `eval()`, which the model may have overridden."""
-    modules = list(model.modules())
+    modules = modules_in(model)
     if all(type(each).train is nn.Module.train and "train" not in vars(each) for each in modules):
         return {mode: dict.fromkeys(modules, mode) for mode in (True, False)}
     modes, trainable = [each.training for each in modules], [each.requires_grad for each in model.parameters()]
@@ -163,7 +164,8 @@ def modes_of(model: nn.Module) -> dict[bool, dict[nn.Module, bool]]:
 
 def frozen_modes(model: nn.Module, modes: Mapping[bool, Mapping[nn.Module, bool]]) -> dict[bool, dict[str, bool]]:
     """The modules, by path, that `train()` and `eval()` leave in the other mode, of the modes that they give."""
-    paths = list(model.named_modules(remove_duplicate=False))
+    differ = any(value != mode for mode, values in modes.items() for value in values.values())
+    paths = list(model.named_modules(remove_duplicate=False)) if differ else []
     return {mode: {path: not mode for path, each in paths if modes[mode][each] != mode} for mode in modes}
 
 
@@ -175,7 +177,7 @@ def _required_arguments(model: nn.Module) -> int:
 @contextmanager
 def _marked_training(model: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterator[list[TrainingMarker]]:
     """Within: every `training` flag is a marker of the module's mode. Afterwards all is as it was."""
-    saved = {module: module.training for module in model.modules()}
+    saved = {module: module.training for module in modules_in(model)}
     markers = []
     for path, module in model.named_modules():
         marker = TrainingMarker(modes.get(module, model.training), path)

@@ -41,16 +41,16 @@ def problem_of(gm: nn.Module, node: fx.Node, measured: Measured) -> str | None:
         return "its operands are not two tensors"
     if entry.name == "einsum" and len(node.args) != 3:
         return "an einsum of more or fewer than two tensors"
-    kinds = [_unfit(gm, operand, measured) for operand in (operands[1:] if entry.name == "embedding" else operands)]
-    unfit = next((kind for kind in kinds if kind is not None), None)
-    if unfit is None and entry.name != "embedding" and is_constant(gm, node):
+    is_lookup, has_parameter = entry.name == "embedding", False
+    for operand in operands[is_lookup:]:
+        tensor = tensor_at(gm, str(operand.target)) if operand.op == "get_attr" else None
+        has_parameter |= isinstance(tensor, nn.Parameter)
+        unfit = measured.unfit.get(operand) or (None if tensor is None else unfit_type(tensor))
+        if unfit is not None:
+            return f"{unfit} operands are not quantized"
+    if not (is_lookup or has_parameter) and is_constant(gm, node):
         return "its operands are constants, as of a table of positions; it stays in float"
-    return None if unfit is None else f"{unfit} operands are not quantized"
-
-
-def _unfit(gm: nn.Module, operand: fx.Node, measured: Measured) -> str | None:
-    tensor = tensor_at(gm, str(operand.target)) if operand.op == "get_attr" else None
-    return measured.unfit.get(operand) or (None if tensor is None else unfit_type(tensor))
+    return None
 
 
 def may_multiply(gm: SaqGraphModule, node: fx.Node) -> bool:

@@ -307,17 +307,21 @@ def initialize_all(data: Iterable[tuple[Quantizer, Tensor]], method: str = "mse"
     Returns those that keep their levels since their data is not finite.
     """
     pairs = [(quantizer, x.detach()) for quantizer, x in data]
-    rejected = []
+    rejected: list[Quantizer] = []
+    blank: dict[Any, list[Quantizer]] = defaultdict(list)
     alike: dict[Any, list[tuple[Quantizer, Tensor]]] = defaultdict(list)
     for (quantizer, x), largest in zip(pairs, largest_magnitudes([x for _, x in pairs]), strict=True):
         if not math.isfinite(largest):
             rejected.append(quantizer)
         elif largest == 0 or quantizer.bits == FLOAT_BITS:
-            _set_levels([quantizer], [torch.ones_like(each) for each in quantizer.level_parameters[:1]])
-            quantizer.initialized &= x.numel() > 0  # what is empty tells nothing
+            blank[x.numel() > 0, quantizer.level.dtype, quantizer.level.device].append(quantizer)
         else:
             rows = quantizer.rows(x)
             alike[quantizer.grid, rows.shape[1], quantizer.level.dtype, rows.device].append((quantizer, rows))
+    for (has_values, *_), quantizers in blank.items():
+        _set_levels(quantizers, [torch.cat([torch.ones_like(each.level) for each in quantizers])])
+        for quantizer in quantizers:
+            quantizer.initialized &= has_values  # what is empty tells nothing
     for group in alike.values():
         for batch in in_batches(group):
             rows = torch.cat([rows for _, rows in batch])

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from saq_fx.annotation import (
     LayerAnnotation,
     annotate,
-    annotation_of,
     is_training_only,
     join_path,
+    layer_nodes,
     owner_classes,
     owner_path,
     record_of,
@@ -81,7 +81,7 @@ class AnnotateLayers(Pass):
 
 def _state(gm: SaqGraphModule) -> list[Any]:
     """All that annotating changes."""
-    return [(record_of(part), [annotation_of(node) for node in part.graph.nodes]) for _, part in graphs(gm)]
+    return [(record_of(part), list(layer_nodes(part.graph))) for _, part in graphs(gm)]
 
 
 @dataclass
@@ -129,11 +129,11 @@ class _Call:
 
 def _find_calls(gm: SaqGraphModule, path: str, embeddings: bool) -> list[_Call]:
     """The layers of one graph, which is the part at `path`, as far as its structure tells."""
-    dependent = depends_on_inputs(gm.graph)
+    dependent, unmeasured = depends_on_inputs(gm.graph), Measured()
     calls = []
     for node in gm.graph.nodes:
         entry = operator_of(node)
-        if entry is None or is_training_only(node) or problem_of(gm, node, Measured()) is not None:
+        if entry is None or is_training_only(node) or problem_of(gm, node, unmeasured) is not None:
             continue
         left, right = node.args[entry.activation], node.args[entry.weight]
         if entry.name == "embedding" and (not embeddings or right in dependent):
@@ -249,14 +249,14 @@ def _what_is_shared(call: _Call) -> Any:
     return call.weight_tensor if call.weight.op == "get_attr" and call.weight_tensor is not None else call.weight
 
 
-def _positions(gm: SaqGraphModule, layer_nodes: list[fx.Node], raw: set[fx.Node]) -> dict[fx.Node, str | None]:
+def _positions(gm: SaqGraphModule, nodes: list[fx.Node], raw: set[fx.Node]) -> dict[fx.Node, str | None]:
     """First: fed by the inputs and by no other layer. Last: feeding the output and no other layer. Only: both.
 
     A node that holds parts counts as a layer, whose place its parts inherit.
     """
     parts = parts_of(gm)
     holders = {node: held for node in gm.graph.nodes if (held := held_by(node, parts))} if parts else {}
-    starts = [*layer_nodes, *holders]
+    starts = [*nodes, *holders]
     downstream = reachable(gm.graph, starts, forwards=True)
     upstream = reachable(gm.graph, starts, forwards=False)
     dependent = depends_on_inputs(gm.graph)

@@ -127,7 +127,7 @@ def _insert(quantizer: fx.Node, path: str, side: str) -> None:
         with graph.inserting_after(quantizer):
             leaf = graph.call_module(path, (quantizer,))
         quantizer.replace_all_uses_with(leaf, delete_user_cb=lambda user: user is not leaf)
-    inherit_owner(leaf, quantizer)
+    inherit_owner([leaf], quantizer)
 
 
 def _remove(gm: SaqGraphModule) -> bool:

@@ -140,7 +140,7 @@ def update(node: fx.Node, **changes: Any) -> LayerAnnotation:
 def layer_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, LayerAnnotation]]:
     """The annotated nodes of one graph, in the order of execution."""
     for node in graph.nodes:
-        annotation = annotation_of(node)
+        annotation = node.meta.get(_KEY)
         if annotation is not None:
             yield node, annotation
 
@@ -172,14 +172,15 @@ def owner_path(node: fx.Node) -> str:
     return str(innermost[0])
 
 
-def inherit_owner(new: fx.Node, old: fx.Node, module: tuple[str, type] | None = None) -> None:
-    """Gives a node that replaces `old` its owner and mode; `module` = (path, class) adds a leaf that was opened."""
+def inherit_owner(new: Iterable[fx.Node], old: fx.Node, module: tuple[str, type] | None = None) -> None:
+    """Gives nodes that replace `old` its owner and mode; `module` = (path, class) adds a leaf that was opened."""
     stack = dict(old.meta.get(_OWNER) or {})
     if module is not None:
         stack[module[0]] = module
-    new.meta[_OWNER] = stack
-    if is_training_only(old):
-        mark_training_only(new)
+    for node in new:
+        node.meta[_OWNER] = stack
+        if is_training_only(old):
+            mark_training_only(node)
 
 
 def mark_training_only(node: fx.Node) -> None:

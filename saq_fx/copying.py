@@ -47,10 +47,11 @@ def copy_module(module: _Module, memo: _Memo | None = None) -> _Module:
     if id(module) in memo or not _is_copied_by_attributes(kind):
         return copy.deepcopy(module, memo)
     own: _Module = object.__new__(kind)
-    memo[id(module)], attributes = own, vars(own)
+    memo[id(module)] = own
+    attributes: dict[str, Any] = {}
     state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
     for name, value in state.items():
-        if type(value) in _IMMUTABLE:
+        if type(value) in _IMMUTABLE or (type(value) is tuple and _IMMUTABLE.issuperset(map(type, value))):
             attributes[name] = value
         elif name in STRUCTURE and id(value) not in memo:
             attributes[name] = memo[id(value)] = value.copy()
@@ -58,6 +59,7 @@ def copy_module(module: _Module, memo: _Memo | None = None) -> _Module:
                 attributes[name].update({key: _copy(each, memo) for key, each in value.items()})
         else:
             attributes[name] = _copy(value, memo)
+    own.__setstate__(attributes)  # type: ignore[no-untyped-call]
     return own
 
 
@@ -119,7 +121,7 @@ def _knows_modules(value: Any, seen: frozenset[int] = frozenset()) -> bool:
 
 @cache
 def _is_copied_by_attributes(kind: Any) -> bool:
-    """Whether `copy.deepcopy` would copy the attributes of such a module, one by one, and do nothing else."""
+    """Whether `copy.deepcopy` would copy the attributes of such a module, one by one, and set them."""
     return (
         not hasattr(kind, "__deepcopy__")
         and kind not in dispatch_table
@@ -127,6 +129,5 @@ def _is_copied_by_attributes(kind: Any) -> bool:
         and kind.__reduce_ex__ is object.__reduce_ex__
         and kind.__reduce__ is object.__reduce__
         and kind.__getstate__ is nn.Module.__getstate__
-        and kind.__setstate__ is nn.Module.__setstate__
         and not any("__slots__" in vars(base) for base in kind.__mro__)
     )

@@ -248,6 +248,9 @@ def held_by(node: fx.Node, paths: Iterable[str]) -> list[str]:
 def layers(gm: fx.GraphModule, path: str = "") -> Iterator[tuple[fx.Node, LayerAnnotation]]:
     """Every annotated layer of a prepared model, in the order of execution."""
     parts = parts_of(gm)
+    if not (parts or path):
+        yield from annotation.layer_nodes(gm.graph)
+        return
     for node in gm.graph.nodes:
         layer = annotation.annotation_of(node)
         if layer is not None:

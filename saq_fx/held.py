@@ -17,6 +17,7 @@ STRUCTURE = frozenset(vars(nn.Module()))
 """The attributes of a module that hold parameters, other modules and hooks."""
 
 _PLAIN = (bool, int, float, str, type(None))
+_PLAIN_TYPES = frozenset(_PLAIN)
 _CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict}
 _LIBRARIES = ("torch", "saq_fx", "numpy")
 _NO_STATE = (type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module, Tensor, fx.Proxy)
@@ -30,7 +31,7 @@ class Snapshot:
         self.values = {name: value for name, value in held.items() if name not in STRUCTURE}
         self._contents: dict[str, list[tuple[Any, Any]]] = {}
         for name, value in self.values.items():
-            if type(value) in _CONTAINERS or type(value) is tuple:
+            if type(value) in _CONTAINERS or (type(value) is tuple and not _PLAIN_TYPES.issuperset(map(type, value))):
                 contents = [(each, each.copy()) for each in _walk([value]) if type(each) in _CONTAINERS]
                 if contents:
                     self._contents[name] = contents

@@ -132,7 +132,7 @@ class _Merger:
             args, kwargs = fx.map_arg((node.args, node.kwargs), merged.__getitem__)
             function = OnlyIn(node.target, training, used=bool(node.users))
             copied = self.graph.call_function(function, (self._flag(owners), *args), kwargs)
-            inherit_owner(copied, node)
+            inherit_owner([copied], node)
         else:
             copied = self.graph.node_copy(node, merged.__getitem__)
             if read_parameters(node):
@@ -149,7 +149,7 @@ class _Merger:
             merged = self.graph.output(args[0])
         else:
             merged = self.graph.create_node(train_node.op, train_node.target, args, kwargs, train_node.name)
-            inherit_owner(merged, train_node)
+            inherit_owner([merged], train_node)
         self._merged[True][train_node] = self._merged[False][eval_node] = merged
 
     def check_layers(self) -> None:
@@ -214,7 +214,7 @@ class _Merger:
         else:
             owners = self._asked_at(owner_path(origin))
         selected = self.graph.call_function(select_mode, (self._flag(owners), train_value, eval_value))
-        inherit_owner(selected, origin)
+        inherit_owner([selected], origin)
         return selected
 
 

@@ -52,10 +52,10 @@ def replace_node(
     with graph.inserting_before(node):
         result = expansion(Tracer(graph))
     module = (str(node.target), module_class) if module_class is not None else None
-    new = previous.next
-    while new is not node:
-        inherit_owner(new, node, module)
-        new = new.next
+    new = [previous.next]
+    while new[-1] is not node:
+        new.append(new[-1].next)
+    inherit_owner(new[:-1], node, module)
     value = fx.node.map_aggregate(result, lambda item: item.node if isinstance(item, fx.Proxy) else item)
     _substitute(graph, node, value)
 

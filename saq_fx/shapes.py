@@ -92,7 +92,7 @@ def is_mask(value: Any) -> bool:
     if not (isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided):
         return False
     has_values = value.numel() > 0 and not value.is_meta
-    return has_values and float(value.detach().min()) <= torch.finfo(value.dtype).min / 2
+    return has_values and float(value.min()) <= torch.finfo(value.dtype).min / 2
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 from transformers.utils import ModelOutput
 
 from saq_fx.annotation import record_of
@@ -220,10 +221,11 @@ class Normalized(nn.Module):
         return self.head(self.dropout(torch.relu(self.norm(self.conv(x)))).mean((2, 3)))
 
 
-@pytest.mark.parametrize("exported_in_training", [False, True])
-def test_an_exported_program_follows_the_mode(exported_in_training: bool) -> None:
+@pytest.mark.parametrize(("exported_in_training", "decomposed"), [(False, False), (True, False), (True, True)])
+def test_an_exported_program_follows_the_mode(exported_in_training: bool, decomposed: bool) -> None:
     model, x = Normalized().train(exported_in_training), torch.randn(2, 3, 8, 8)
     program = torch.export.export(model, (x,))
+    program = program.run_decompositions() if decomposed else program
     gm = prepare_saq(program, example_inputs=x, precision=None)
     assert record_of(gm).tracing == "given program"
     assert gm.state_dict().keys() == model.state_dict().keys()
@@ -234,10 +236,58 @@ def test_an_exported_program_follows_the_mode(exported_in_training: bool) -> Non
             torch.manual_seed(0)
             output = module(x)
             output.sum().backward()
-            results.append([output, *(each.grad for each in module.parameters()), module.norm.running_var])
+            results.append([output, *(each.grad for each in module.parameters()), *module.buffers()])
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
-    names = [layer.name for _, layer in layers(prepare_saq(program, example_inputs=x))]
-    assert names == ["conv", "head"]
+    quantized = prepare_saq(program, example_inputs=x)
+    assert [layer.name for _, layer in layers(quantized)] == ["conv", "head"]
+    assert not record_of(quantized).uncounted
+
+
+class Frozen(Normalized):
+    """Keeps its BatchNorm in evaluation mode, and its dropout in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm.eval()(self.conv(x)))
+        return self.head(nn.functional.dropout(x, 0.5, training=True).mean((2, 3)))
+
+
+def test_of_a_program_exported_in_training_only_what_was_in_it_follows_the_mode() -> None:
+    model, x = Frozen().train(), torch.randn(2, 3, 8, 8)
+    gm = prepare_saq(torch.export.export(model, (x,)), example_inputs=x, precision=None).train()
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(gm(x), expected)
+    assert torch.equal(gm.norm.running_mean, torch.zeros(4))
+    assert not torch.equal(gm.eval()(x), expected)
+
+
+class Apart(nn.Module):
+    """What `run_decompositions` takes apart in several ways: all kinds of convolutions and normalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, stride=2, groups=1, dilation=2)
+        self.up = nn.ConvTranspose1d(4, 4, 3, stride=2, output_padding=1, groups=2)
+        self.norm, self.instance = nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)
+        self.group, self.head = nn.GroupNorm(2, 4), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.up(self.conv(x).mean(2)))
+        return self.head(self.group(self.instance(y)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_decomposed_program_is_quantized_as_the_model(training: bool) -> None:
+    model, x = Apart().train(training), torch.randn(1, 3, 8, 12)
+    program = torch.export.export(model, (x,)).run_decompositions()
+    gm = prepare_saq(program, example_inputs=x, precision=None).train(training)
+    assert_close(gm(x), model(x), rtol=1e-6, atol=1e-6)
+    assert_close(gm.norm.running_var, model.norm.running_var)
+    quantized = prepare_saq(program, example_inputs=x)
+    expected = {layer.name: layer.macs for _, layer in layers(prepare_saq(model, example_inputs=x))}
+    assert {layer.name: layer.macs for _, layer in layers(quantized)} == expected
+    assert list(expected) == ["conv", "up", "head"]
 
 
 def halve(sizes: list[int], of: int) -> int:

@@ -234,14 +234,15 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _unmatched_message(patterns: list[str], layers: Sequence[LayerKey]) -> str:
+    kinds = {f"op:{layer.op}" for layer in layers}
+    kinds |= {f"class:{name}" for layer in layers for name in layer.module_classes}
     lines = []
     for pattern in patterns:
-        if pattern.startswith("op:"):
-            known = {f"op:{layer.op}" for layer in layers}
-        elif pattern.startswith("class:"):
-            known = {f"class:{name}" for layer in layers for name in layer.module_classes}
-        else:
-            known = {layer.name for layer in layers}
+        kind, colon, _ = pattern.partition(":")
+        # A name may be that of a class, or of an operator, without its prefix.
+        known = (
+            {each for each in kinds if each.startswith(f"{kind}:")} if colon else kinds | {each.name for each in layers}
+        )
         nearest = get_close_matches(pattern, sorted(known), cutoff=0.0)
         lines.append(f"  {pattern!r}: the nearest are {', '.join(nearest) or 'none'}")
     return "\n".join(["these keys of the policy match no layer; correct or remove them:", *lines])

@@ -104,6 +104,8 @@ def test_all_unmatched_keys_are_named_with_the_nearest_layers() -> None:
     assert name.startswith("  'layer1.0.conv3': the nearest are layer1.0.conv")
     assert op.startswith("  'op:conv': the nearest are op:conv2d")
     assert module_class.startswith("  'class:Basicblock': the nearest are class:BasicBlock")
+    with pytest.raises(PatternError, match=r"'BasicBlock': the nearest are class:BasicBlock, .*\n.* are op:linear"):
+        Policy({"BasicBlock": "W4A4", "linear": "W4A4"}).resolve(LAYERS)
 
 
 def test_a_pattern_is_case_sensitive() -> None:

@@ -7,17 +7,16 @@ from functools import cache, update_wrapper
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from saq_fx.errors import TracingError
-from saq_fx.held import STRUCTURE, holds_modules, shared_with_hooks
+from saq_fx.held import PLAIN_TYPES, STRUCTURE, holds_modules, is_immutable, shared_with_hooks
 from saq_fx.parametrized import make_picklable
 from saq_fx.scopes import replaced
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Memo = dict[int, Any]
-
-_IMMUTABLE = {bool, int, float, str, type(None)}
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -51,14 +50,14 @@ def copy_module(module: _Module, memo: _Memo | None = None) -> _Module:
     attributes: dict[str, Any] = {}
     state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
     for name, value in state.items():
-        if type(value) in _IMMUTABLE or (type(value) is tuple and _IMMUTABLE.issuperset(map(type, value))):
+        if type(value) in PLAIN_TYPES:
             attributes[name] = value
         elif name in STRUCTURE and id(value) not in memo:
             attributes[name] = memo[id(value)] = value.copy()
             if value and isinstance(value, dict):
                 attributes[name].update({key: _copy(each, memo) for key, each in value.items()})
         else:
-            attributes[name] = _copy(value, memo)
+            attributes[name] = value if is_immutable(value) else _copy(value, memo)
     own.__setstate__(attributes)  # type: ignore[no-untyped-call]
     return own
 
@@ -66,6 +65,8 @@ def copy_module(module: _Module, memo: _Memo | None = None) -> _Module:
 def _copy(value: Any, memo: _Memo) -> Any:
     if isinstance(value, nn.Module):
         return copy_module(value, memo)
+    if type(value) is Tensor:
+        return _copy_tensor(value, memo)
     if type(value) is FunctionType:
         return _copy_function(value, memo)
     if type(value) in (list, dict) and id(value) not in memo:
@@ -76,6 +77,19 @@ def _copy(value: Any, memo: _Memo) -> Any:
             own[key] = _copy_function(each, memo)
         return own
     return copy.deepcopy(value, memo)
+
+
+def _copy_tensor(tensor: Tensor, memo: Any) -> Tensor:
+    """As `copy.deepcopy`, in a tenth of the time where a tensor is all that there is in its memory."""
+    is_ordinary = tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda") and not tensor.requires_grad
+    if not is_ordinary or vars(tensor) or not tensor.is_contiguous():
+        return copy.deepcopy(tensor, memo)
+    memory, copies = tensor.untyped_storage(), memo.setdefault("torch", {})
+    if id(tensor) in memo or memory._cdata in copies or memory.nbytes() != tensor.nbytes:
+        return copy.deepcopy(tensor, memo)
+    own = memo[id(tensor)] = tensor.clone()
+    copies[memory._cdata] = own.untyped_storage()  # where torch looks for it: other tensors may share it
+    return own
 
 
 def _copy_function(function: FunctionType, memo: _Memo) -> FunctionType:

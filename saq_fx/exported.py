@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from saq_fx.annotation import join_path, update_record
+from saq_fx.annotation import inherit_owner, join_path, update_record
 from saq_fx.effects import OnlyIn
 from saq_fx.graph import SaqGraphModule, attribute_at
 from saq_fx.modes import add_training_flag, flag_path
@@ -123,7 +123,7 @@ def _replace_first_item(node: fx.Node, target: Any, args: tuple[Any, ...]) -> No
     """Puts a call in the place of a node of which nothing but the first item is used."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
-    new.meta.update(node.meta)
+    inherit_owner([new], node)
     for item in _items(node).values():
         item.replace_all_uses_with(new)
         node.graph.erase_node(item)

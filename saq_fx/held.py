@@ -17,7 +17,7 @@ STRUCTURE = frozenset(vars(nn.Module()))
 """The attributes of a module that hold parameters, other modules and hooks."""
 
 _PLAIN = (bool, int, float, str, type(None))
-_PLAIN_TYPES = frozenset(_PLAIN)
+PLAIN_TYPES = frozenset(_PLAIN)
 _CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict}
 _LIBRARIES = ("torch", "saq_fx", "numpy")
 _NO_STATE = (type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module, Tensor, fx.Proxy)
@@ -31,17 +31,22 @@ class Snapshot:
         self.values = {name: value for name, value in held.items() if name not in STRUCTURE}
         self._contents: dict[str, list[tuple[Any, Any]]] = {}
         for name, value in self.values.items():
-            if type(value) in _CONTAINERS or (type(value) is tuple and not _PLAIN_TYPES.issuperset(map(type, value))):
+            if type(value) in _CONTAINERS or (type(value) is tuple and not is_immutable(value)):
                 contents = [(each, each.copy()) for each in _walk([value]) if type(each) in _CONTAINERS]
                 if contents:
                     self._contents[name] = contents
 
     def moved(self, held: Mapping[str, Any]) -> list[str]:
         """The names under which there is a symbolic value now, another number or other contents."""
-        if not self._contents and len(held) == len(self._all) and all(map(operator.is_, held.values(), self._all)):
+        if self.is_current(held):
             return []
         items = ((name, value) for name, value in held.items() if name not in STRUCTURE)
         return [name for name, value in items if self._is_moved(name, value)]
+
+    def is_current(self, held: Mapping[str, Any]) -> bool:
+        """Whether all of them are what they were, and none is a container."""
+        is_same_number = len(held) == len(self._all) and not self._contents
+        return is_same_number and all(map(operator.is_, held.values(), self._all))
 
     def put_back(self, held: MutableMapping[str, Any], names: Iterable[str]) -> None:
         """Makes these what they were."""
@@ -85,6 +90,11 @@ def is_same(value: Any, before: Any) -> bool:
     return all(item is other for item, other in zip(value, before, strict=True))
 
 
+def is_immutable(value: Any) -> bool:
+    """Whether a value is a number, a text or None, or a tuple of such."""
+    return type(value) in PLAIN_TYPES or (type(value) is tuple and PLAIN_TYPES.issuperset(map(type, value)))
+
+
 def is_plain(value: Any) -> bool:
     """Whether a value, or all that is in a container, are numbers, texts and None."""
     return all(_is(each, _PLAIN) or _is_nested(each) for each in _walk([value]))
@@ -112,6 +122,7 @@ def holds_modules(value: Any, into_objects: bool = False) -> bool:
 
 def objects_in(values: Iterable[Any]) -> list[Any]:
     """The objects with attributes of their own that are among values, in their containers and in one another."""
+    values = [each for each in values if not is_immutable(each)]
     return [each for each in _walk(values, into_objects=True) if _is_object(each)]
 
 

@@ -49,7 +49,8 @@ class HookTables:
 
     def _now(self) -> dict[tuple[nn.Module, str], dict[Any, Any]]:
         held = ((module, vars(module)) for module in self._modules)
-        return {(module, name): dict(here[name]) for module, here in held for name in _TABLES if here.get(name)}
+        hooked = [(module, here) for module, here in held if any(map(here.get, _TABLES))]
+        return {(module, name): dict(here[name]) for module, here in hooked for name in _TABLES if here.get(name)}
 
     @property
     def changed(self) -> bool:

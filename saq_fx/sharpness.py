@@ -156,7 +156,7 @@ class HostRandom:
     def put_back(self) -> bool:
         """Makes the generators what they were; whether they were drawn from."""
         numpy: Any = np.random.get_state()
-        same = numpy[2:] == self._numpy[2:] and np.array_equal(numpy[1], self._numpy[1])
+        same = numpy[2:] == self._numpy[2:] and numpy[1].tobytes() == self._numpy[1].tobytes()
         if same and random.getstate() == self._python:
             return False
         random.setstate(self._python)

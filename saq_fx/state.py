@@ -40,14 +40,23 @@ Kept = dict[tuple[nn.Module | Held, str], Any]
 class Attributes:
     """Attributes and buffers of a model's modules, to be had back where forward put symbolic values (caches).
 
-    And attributes of other objects that modules know, where these may be looked for, which takes longer.
+    And attributes of other objects that modules know.
     """
 
-    def __init__(self, model: nn.Module, with_objects: bool = True) -> None:
-        self._saved = {module: tuple(Snapshot(each) for each in _tables(module)) for module in modules_in(model)}
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = {module: tuple(map(Snapshot, _tables(module))) for module in modules_in(model)}
         held = (each for attributes, *_ in self._saved.values() for each in attributes.values.values())
-        objects = objects_in(held) if with_objects else []
-        self._objects = {Held(each): Snapshot(vars(each)) for each in objects}
+        self._objects = {Held(each): Snapshot(vars(each)) for each in objects_in(held)}
+
+    def of_part(self, part: nn.Module) -> "Attributes":
+        """Those of a module in the model as they are now, without other objects; what has not changed is shared."""
+        own = object.__new__(Attributes)
+        own._objects, own._saved = {}, {}
+        for module in modules_in(part):
+            tables, known = _tables(module), self._saved.get(module, ())
+            is_known = bool(known) and all(map(Snapshot.is_current, known, tables))
+            own._saved[module] = known if is_known else tuple(map(Snapshot, tables))
+        return own
 
     def restore(self, model: nn.Module) -> None:
         """Takes symbolic values, and numbers that forward changed, out of the attributes of a model or a part of it."""

@@ -107,7 +107,7 @@ class SymbolicTracer(GuardedTracer):
             return True
         if type(m) is nn.MultiheadAttention and "forward" not in vars(m):
             return True
-        if any(True for _ in m.children()) or has_own_call(m):
+        if any(child is not None for child in m._modules.values()) or has_own_call(m):
             return False
         if super().is_leaf_module(m, module_qualified_name):
             return True
@@ -209,7 +209,7 @@ class SymbolicTracer(GuardedTracer):
             return self._python_leaf(path, args, kwargs)
         last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()
         # Torch's own layers, which are most of the calls, have no code that sets any.
-        attributes = Attributes(m, with_objects=False) if m._modules or runs_python(m) else None
+        attributes = self._attributes.of_part(m) if m._modules or runs_python(m) else None
         try:
             _reject_backward_hooks(m)
             with nullcontext() if type(m).__module__.startswith("torch.nn.") else rejected_chance():

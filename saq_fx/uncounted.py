@@ -132,5 +132,5 @@ def has_weights(module: nn.Module) -> bool:
     """Whether a leaf has weights that no part of it takes care of."""
     if isinstance(module, (SaqGraphModule, *_NORMALIZES_OR_LOOKS_UP)):
         return False
-    own = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-    return own or any(has_weights(child) for child in module.children())
+    own = any(each is not None and each.dim() > 1 for each in module._parameters.values())
+    return own or any(each is not None and has_weights(each) for each in module._modules.values())

@@ -29,8 +29,8 @@ _COUNTER = "num_batches_tracked"
 def from_exported(program: ExportedProgram) -> SaqGraphModule:
     """The program's own graph, in evaluation mode at first; the program is not changed.
 
-    What the model did in one mode only, other than by BatchNorm and dropout, stays as it was exported: of a program
-    that was exported in training mode, also a BatchNorm that was not in it.
+    What the model did in one mode only, other than by BatchNorm and dropout, stays as it was exported. So do those of
+    these that were in the other mode than most of them: a frozen BatchNorm, a dropout that never stops.
     """
     exported: Any = program.module(check_guards=False)
     graph: fx.Graph = exported.graph
@@ -45,13 +45,16 @@ def from_exported(program: ExportedProgram) -> SaqGraphModule:
 
 def _follow_mode(gm: SaqGraphModule) -> None:
     """Puts a flag that is read at every call in the place of those that export has frozen."""
-    known = [node for node in gm.graph.nodes if node.target in _TRAINING_ARGUMENT]
-    active = [node for node in known if node.args[_TRAINING_ARGUMENT[node.target]] is True]
-    if not known:
+    in_mode: dict[Any, list[fx.Node]] = {True: [], False: []}
+    for node in gm.graph.nodes:
+        if node.target in _TRAINING_ARGUMENT:
+            in_mode[node.args[_TRAINING_ARGUMENT[node.target]]].append(node)
+    following = max(in_mode.values(), key=len)
+    if not following:
         return
-    with gm.graph.inserting_before(known[0]):
+    with gm.graph.inserting_before(following[0]):
         flag = gm.graph.call_module(flag_path(""))
-    for node in active or known:
+    for node in following:
         node.update_arg(_TRAINING_ARGUMENT[node.target], flag)
         if node.target is _ATEN.batch_norm.default:
             _count_batches(gm, node, flag)

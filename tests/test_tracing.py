@@ -243,23 +243,34 @@ def test_an_exported_program_follows_the_mode(exported_in_training: bool, decomp
     assert not record_of(quantized).uncounted
 
 
-class Frozen(Normalized):
-    """Keeps its BatchNorm in evaluation mode, and its dropout in training."""
+class Fixed(Normalized):
+    """One of its layers has a mode of its own: of two BatchNorms one, or the dropout."""
+
+    def __init__(self, freezes: bool) -> None:
+        super().__init__()
+        self.other, self.freezes = nn.BatchNorm2d(4), freezes
+
+    def train(self, mode: bool = True) -> "Fixed":
+        super().train(mode)
+        (self.other.eval() if self.freezes else self.dropout.train())
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm.eval()(self.conv(x)))
-        return self.head(nn.functional.dropout(x, 0.5, training=True).mean((2, 3)))
+        return self.head(self.dropout(self.other(self.norm(self.conv(x)))).mean((2, 3)))
 
 
-def test_of_a_program_exported_in_training_only_what_was_in_it_follows_the_mode() -> None:
-    model, x = Frozen().train(), torch.randn(2, 3, 8, 8)
-    gm = prepare_saq(torch.export.export(model, (x,)), example_inputs=x, precision=None).train()
-    torch.manual_seed(0)
-    expected = model(x)
-    torch.manual_seed(0)
-    assert torch.equal(gm(x), expected)
-    assert torch.equal(gm.norm.running_mean, torch.zeros(4))
-    assert not torch.equal(gm.eval()(x), expected)
+@pytest.mark.parametrize("freezes", [False, True])
+def test_what_was_exported_in_another_mode_than_the_rest_stays_in_it(freezes: bool) -> None:
+    model, x = Fixed(freezes).train(freezes), torch.randn(2, 3, 8, 8)
+    gm = prepare_saq(torch.export.export(model, (x,)), example_inputs=x, precision=None)
+    for training in (True, False):
+        outputs = []
+        for module in (model.train(training), gm.train(training)):
+            torch.manual_seed(0)
+            outputs.append(module(x))
+        assert torch.equal(*outputs)
+    assert all(torch.equal(*pair) for pair in zip(gm.buffers(), model.buffers(), strict=True))
+    assert bool(model.other.running_mean.any()) is not freezes
 
 
 class Apart(nn.Module):

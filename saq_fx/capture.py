@@ -94,6 +94,11 @@ def _check_kind(model: nn.Module) -> None:
                 f"module {path!r} of {name} is compiled: put its ._orig_mod in its place, prepare the model, and "
                 "compile the result"
             )
+        if isinstance(module, SaqGraphModule) and record_of(module).recipe is not None:
+            raise TracingError(
+                f"module {path!r} of {name} is quantized already: prepare the model with the module that it was made "
+                "from"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             # Nor does a copy of it receive gradients.
             raise TracingError(

@@ -77,7 +77,7 @@ class SaqGraphModule(fx.GraphModule):
     @property
     def python_model(self) -> nn.Module:
         """This module as an object of the class of the model that `around` was given; both have one state."""
-        model: nn.Module = object.__new__(vars(self)["_python_class"])
+        model: nn.Module = object.__new__(self._python_class)
         model.__dict__ = self.__dict__
         return model
 

@@ -433,3 +433,11 @@ def test_a_graph_that_does_not_run_where_the_model_does_is_captured_by_parts(wra
         assert len(list(layers(each))) == sum(isinstance(layer, nn.Linear) for layer in model.modules())
         assert precision_report(each).uncounted == ()
     assert_same(model, prepare_saq(model, example_inputs=x, precision=None), x)
+
+
+def test_what_is_quantized_already_is_not_quantized_again() -> None:
+    block = prepare_saq(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), example_inputs=torch.randn(1, 3, 6, 6))
+    with pytest.raises(TracingError, match=r"module '0' of Sequential is quantized already: prepare the model with"):
+        prepare_saq(nn.Sequential(block, nn.Flatten(), nn.Linear(64, 2)))
+    with pytest.raises(SaqError, match="quantized already: use apply_policy"):
+        prepare_saq(block)

@@ -449,3 +449,10 @@ def test_examples_that_the_model_does_not_take_are_told_in_its_own_words(
     model = torchvision.models.VisionTransformer(64, 32, 1, 2, 8, 16)
     with pytest.raises(TracingError, match=problem):
         prepare_saq(model, example_inputs=inputs, precision=precision)
+
+
+def test_whatever_lists_the_members_of_a_graph_can() -> None:
+    gm = prepare_saq(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), example_inputs=torch.randn(2, 3))
+    names = {name for name, _ in inspect.getmembers(gm)}  # as torch.jit.trace does
+    assert "generate_code" in names
+    assert "python_model" not in names

@@ -33,8 +33,9 @@ from saq_fx.places import place_and_cause
 from saq_fx.products import Product, add_products, remove_products
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.resizing import refusing_modules
+from saq_fx.runtime import require_given
 from saq_fx.shapes import does_not_run, interpreted, without_trace
-from saq_fx.symbolic import overrides_call
+from saq_fx.symbolic import default_in_graph, is_plain, overrides_call
 from saq_fx.tracing import (
     ExampleInputs,
     Inputs,
@@ -45,7 +46,7 @@ from saq_fx.tracing import (
     trace,
     trace_symbolically,
 )
-from saq_fx.uncounted import has_weights
+from saq_fx.uncounted import has_weights, not_in_table
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
@@ -102,15 +103,20 @@ def _check_kind(model: nn.Module) -> None:
             )
 
 
-def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
-    """Captures the module itself; submodules that become parts are replaced in it."""
+def _capture(model: nn.Module, inputs: Inputs | None, calls: Sequence[Inputs] = ()) -> SaqGraphModule:
+    """Captures the module itself; submodules that become parts are replaced in it.
+
+    Args:
+        inputs: examples, the first of `calls` if there are any.
+        calls: inputs that the graph must take; guards that one of them fails are a reason to keep Python code.
+    """
     try:
         gm, untraceable = trace_symbolically(model, inputs)
     except TracingError as error:
         if inputs is None:
             raise
-        return _capture_around(model, inputs, str(error))
-    others: list[Inputs] = []
+        return _capture_around(model, inputs, str(error), calls[1:])
+    others = list(calls[1:])
     while inputs is not None and (found := refusing_modules(gm, model, inputs)) is not None:
         refusing, resized = found
         remove_flags(model)
@@ -123,6 +129,8 @@ def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
             remove_flags(model)
             gm, untraceable = trace_symbolically(model, inputs, untraceable)
             break
+    if inputs is not None and (problem := _failure_on(gm, calls)) is not None:
+        return _capture_around(model, inputs, problem, others)
     if untraceable and inputs is not None:
         try:
             _capture_parts(gm, model, untraceable, inputs, others)
@@ -167,7 +175,7 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     defaults: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
         default = parameter.default
-        plain = default is None or isinstance(default, bool | int | float | str | tuple | torch.dtype)
+        plain = is_plain(default)
         if parameter.kind is parameter.VAR_POSITIONAL:
             more["more_args"] = graph.placeholder(f"*{name}")
         elif parameter.kind is parameter.VAR_KEYWORD:
@@ -175,7 +183,9 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
         elif not plain and name not in given:
             by_position = 0
         else:
-            node = graph.create_node("placeholder", name, (default,) if plain else (), {})
+            node = graph.create_node("placeholder", name, default_in_graph(graph, parameter), {})
+            if node.args and not plain:
+                graph.call_function(require_given, (node, name))
             is_named = parameter.kind is parameter.KEYWORD_ONLY or len(positional) >= by_position
             if parameter.kind is parameter.POSITIONAL_ONLY or not is_named:
                 positional.append(node)
@@ -317,27 +327,33 @@ class _Splitter:
                 self.paths.append(path)
                 return
             if has_weights(module):
-                reason = f"{type(module).__name__} is not in the operator table; it stays in float"
-                self.untraced.append((path, reason))
+                self.untraced.append((path, not_in_table(module)))
         except TracingError as error:
-            self.untraced.append((path, str(error)))
+            is_one_layer = type(module).__module__.startswith("torch.nn.") and not module._modules
+            self.untraced.append((path, not_in_table(module) if is_one_layer else str(error)))
         remove_flags(module)  # it stays as it is, and so must be what tracing it has added
 
 
 def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
-    """A graph that takes the inputs of every call: guards that one of them fails are a reason to keep Python code."""
+    """A graph that takes the inputs of every call."""
     if not calls.inputs:
         return _capture(module, None)
     if not type(module).__module__.startswith("torch.nn.") and any(map(_passes_none, calls.inputs)):
         return _capture_around(module, calls.inputs[0], "other calls may give it what is None here", calls.inputs[1:])
-    part = _capture(module, calls.inputs[0])
+    return _capture(module, calls.inputs[0], calls.inputs)
+
+
+def _failure_on(gm: SaqGraphModule, calls: Sequence[Inputs]) -> str | None:
+    """Where and why a graph does not run on the inputs of all calls, None where it does."""
+    if not calls:
+        return None
     try:
-        with without_trace(part), interpreted(part):
-            for args, kwargs in cloned(calls.inputs):
-                part(*args, **kwargs)
+        with without_trace(gm), interpreted(gm):
+            for args, kwargs in cloned(calls):
+                gm(*args, **kwargs)
     except Exception as error:
-        return _capture_around(module, calls.inputs[0], place_and_cause(error), calls.inputs[1:])
-    return part
+        return place_and_cause(error)
+    return None
 
 
 def _passes_none(inputs: Inputs) -> bool:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
@@ -319,14 +320,28 @@ class SymbolicTracer(GuardedTracer):
         return proxy if self.arguments is None else given(self, proxy, self.arguments.get(name, parameter.default))
 
     def _placeholder(self, name: str, parameter: inspect.Parameter) -> Any:
-        is_required = parameter.default is parameter.empty
-        # The code of a graph has all that have no default in front of those that have.
-        follows_default = any(node.args for node in self.graph.nodes if node.op == "placeholder")
-        default = () if is_required and not follows_default else (None,) if is_required else (parameter.default,)
+        default = default_in_graph(self.graph, parameter)
         proxy = self.create_proxy("placeholder", name, default, {})
         if default == (None,) and self.arguments is not None:
             self.create_node("call_function", require_given, (proxy.node, name), {})
         return proxy
+
+
+def is_plain(default: Any) -> bool:
+    """Whether the code of a graph can have this default of an argument."""
+    if isinstance(default, tuple | list):
+        return all(map(is_plain, default))
+    return isinstance(default, (*_CONSTANTS, torch.dtype))
+
+
+def default_in_graph(graph: fx.Graph, parameter: inspect.Parameter) -> tuple[Any, ...]:
+    """The default of an argument as the next placeholder has it, or none; None stands for one that cannot be left out.
+
+    The code of a graph has all arguments without a default in front of those that have one.
+    """
+    if is_plain(parameter.default):
+        return (parameter.default,)
+    return (None,) if any(node.args for node in graph.nodes if node.op == "placeholder") else ()
 
 
 def _is_without_gradient(value: Any) -> bool:

@@ -313,6 +313,23 @@ class Branching(nn.Module):
         return self.b(torch.fft.fft(h).real + h.inner(self.b.weight))
 
 
+class Remembering(nn.Module):
+    """A recurrent cell that Python code calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.cell = nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.cell(x if x.sum() > -1e9 else x.relu())[0]
+
+
+def test_recurrent_cells_of_python_code_are_listed_as_elsewhere() -> None:
+    gm = prepare_saq(Remembering(), example_inputs=torch.randn(2, 3, 4))
+    assert precision_report(gm).uncounted == (("cell", "LSTM is not in the operator table; it stays in float"),)
+
+
 def test_python_code_is_listed_with_what_it_multiplies_itself() -> None:
     model = Branching().eval()
     found = report(model)

@@ -99,6 +99,49 @@ def test_other_sizes(body: Body, way: str) -> None:
     assert all(quantized(inputs).isfinite().all() for inputs in OTHERS)
 
 
+class Stepping(nn.Module):
+    """Goes through time, from a state if it is given one; channels are last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        state = torch.zeros_like(x[:, 0]) if state is None else state
+        for step in range(x.size(1)):
+            state = self.b(self.a(x[:, step]) + state).tanh()
+        return state
+
+
+class ChannelsLast(nn.Module):
+    """Pads images to whole windows, with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if x.shape[1] % 2 or x.shape[2] % 2:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        return self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "others"),
+    [
+        (Stepping, [(2, 8, 8), (2, 8)], [(3, 5, 8), (3, 8)]),
+        (Stepping, [(2, 3, 3, 3, 8)], [(1, 4, 3, 3, 8)]),
+        (ChannelsLast, [(2, 4, 4, 8)], [(1, 5, 6, 8)]),
+    ],
+)
+def test_every_axis_may_have_another_size(kind: type[nn.Module], shapes: list[Any], others: list[Any]) -> None:
+    model = kind()
+    gm = prepare_saq(model, example_inputs=tuple(map(torch.randn, shapes)), precision=None)
+    for each in (shapes, others):
+        assert_same(model, gm, tuple(map(torch.randn, each)))
+
+
 class Multiplying(nn.Module):
     """Asks for the length, next to a product of its own."""
 

@@ -17,7 +17,7 @@ from saq_fx.tracing import Inputs
 
 _SAMPLES: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 1)
 _LONGER: tuple[Callable[[int], int], ...] = (lambda size: size * 3 // 2, lambda size: 2 * size, lambda size: size + 1)
-_NEARBY: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: size - 1)
+_NEARBY: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: size - 1, lambda size: 2 * size)
 
 
 def refusing_modules(gm: SaqGraphModule, model: nn.Module, inputs: Inputs) -> tuple[dict[str, str], Inputs] | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from saq_fx.alignment import aligned, read_parameters
+from saq_fx.alignment import aligned, chance_pairs, read_parameters
 from saq_fx.annotation import inherit_owner, join_path, mark_training_only, owner_path
 from saq_fx.effects import OnlyIn, follows_mode, has_effects
 from saq_fx.errors import TracingError
@@ -86,7 +86,7 @@ def merge_modes(
 
     Both node sequences are aligned; where an aligned node's arguments differ, `select_mode` picks by the mode of the
     module whose code made the difference. Nodes of one mode only run in both, and their values are not used in the
-    other; those with effects run in theirs only (`OnlyIn`). So the result is right whatever the alignment. Layers that
+    other (so what they are given must not be of the other mode, see `chance_pairs`); those with effects run in theirs only (`OnlyIn`). So the result is right whatever the alignment. Layers that
     only training reaches (auxiliary heads) are marked, so that they are neither quantized nor counted.
 
     Args:
@@ -98,10 +98,16 @@ def merge_modes(
         UnmergeableError: such a module has to stay Python.
     """
     merger = _Merger(model, steering)
-    for are_pairs, train_nodes, eval_nodes in aligned(list(training.nodes), list(evaluation.nodes)):
+    runs = list(aligned(list(training.nodes), list(evaluation.nodes)))
+    by_chance = chance_pairs(runs)
+    for are_pairs, train_nodes, eval_nodes in runs:
         if are_pairs:
             for train_node, eval_node in zip(train_nodes, eval_nodes, strict=True):
-                merger.add_pair(train_node, eval_node)
+                if train_node in by_chance:
+                    mark_training_only(merger.add_half(train_node, training=True))
+                    merger.add_half(eval_node, training=False)
+                else:
+                    merger.add_pair(train_node, eval_node)
             continue
         for train_node in train_nodes:
             mark_training_only(merger.add_single(train_node, training=True))
@@ -138,6 +144,14 @@ class _Merger:
             if read_parameters(node):
                 self._layers[training].append(node)
         merged[node], self._owners[copied] = copied, owners
+        return copied
+
+    def add_half(self, node: fx.Node, *, training: bool) -> fx.Node:
+        """Copies a node of one graph that is called in the other one, too, with other arguments, and only computes."""
+        merged = self._merged[training]
+        copied = self.graph.node_copy(node, merged.__getitem__)
+        owners = frozenset().union(*(self._owners.get(merged[source], ()) for source in node.all_input_nodes))
+        merged[node], self._owners[copied] = copied, owners or self._asked_at(owner_path(node))
         return copied
 
     def add_pair(self, train_node: fx.Node, eval_node: fx.Node) -> None:

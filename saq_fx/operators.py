@@ -87,7 +87,7 @@ def _tensordot_macs(args: Sequence[Any], output: Shape) -> int:
     """Output elements times the sizes of the contracted axes: the last ones of the first operand, or those named."""
     left, _, axes = args
     contracted = left[len(left) - axes :] if isinstance(axes, int) else [left[axis] for axis in axes[0]]
-    return math.prod(output) * math.prod(contracted)
+    return math.prod(output) * int(math.prod(contracted))
 
 
 def _attention_macs(args: Sequence[Any], output: Shape) -> int:

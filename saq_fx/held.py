@@ -1,5 +1,7 @@
 """What modules, objects and hooks hold from one call to the next: to notice what a call has changed, and to undo it."""
 
+import pickle
+import random
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -7,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 MISSING: Any = object()
@@ -17,6 +21,17 @@ STRUCTURE = frozenset(vars(nn.Module()))
 
 _PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict}
+GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: (
+        lambda generator: generator.bit_generator.state,
+        lambda generator, state: setattr(generator.bit_generator, "state", state),
+    ),
+}
+"""Generators of random numbers: what gives the state of one, and what sets it."""
+
 _LIBRARIES = ("torch", "saq_fx", "numpy")
 _NO_STATE = (type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module, Tensor, fx.Proxy)
 
@@ -27,6 +42,7 @@ class Snapshot:
     def __init__(self, held: Mapping[str, Any]) -> None:
         self.values = {name: value for name, value in held.items() if name not in STRUCTURE}
         self._contents: dict[str, list[tuple[Any, Any]]] = {}
+        self._drawn_from = {name: GENERATORS[type(v)][0](v) for name, v in self.values.items() if type(v) in GENERATORS}
         for name, value in self.values.items():
             if type(value) in _CONTAINERS or type(value) is tuple:
                 self._contents[name] = [(each, each.copy()) for each in _walk([value]) if type(each) in _CONTAINERS]
@@ -44,6 +60,8 @@ class Snapshot:
                 continue
             if held.get(name, MISSING) is not self.values[name]:
                 held[name] = self.values[name]
+            if name in self._drawn_from:
+                GENERATORS[type(held[name])][1](held[name], self._drawn_from[name])
             for container, before in self._contents.get(name, ()):
                 if not is_same(container, before):
                     container.clear()
@@ -58,7 +76,8 @@ class Snapshot:
         if any(not is_same(*each) for each in contents):
             return True
         if value is before:
-            return False
+            drawn = name in self._drawn_from and GENERATORS[type(value)][0](value)
+            return bool(drawn) and pickle.dumps(drawn) != pickle.dumps(self._drawn_from[name])
         if _is(value, _PLAIN):
             return type(value) is not type(before) or value != before
         is_other = type(value) in _CONTAINERS and not is_same(value, before)

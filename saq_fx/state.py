@@ -10,7 +10,17 @@ from torch import Tensor, fx, nn
 
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
-from saq_fx.held import MISSING, Snapshot, forward_hooks, has_forward_hooks, is_plain, kept_by, objects_in, proxies_in
+from saq_fx.held import (
+    GENERATORS,
+    MISSING,
+    Snapshot,
+    forward_hooks,
+    has_forward_hooks,
+    is_plain,
+    kept_by,
+    objects_in,
+    proxies_in,
+)
 from saq_fx.operation_names import is_in_place
 from saq_fx.quantizers import Quantizer
 from saq_fx.sharpness import Buffers, HostRandom
@@ -223,7 +233,7 @@ def _is_state(value: Any, is_data: Callable[[fx.Node, bool], bool]) -> bool:
     if proxies:
         # A dictionary of what parameters give is a cache, which a graph computes anew.
         return any(is_data(proxy.node, not isinstance(value, dict)) for proxy in proxies)
-    return is_plain(value)
+    return is_plain(value) or type(value) in GENERATORS
 
 
 def _changes_in_place(node: fx.Node, name: str) -> bool:

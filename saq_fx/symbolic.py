@@ -164,6 +164,8 @@ class SymbolicTracer(GuardedTracer):
             return self._flag_node(a.owner)
         if isinstance(a, np.generic):
             return a.item()
+        if isinstance(a, torch.Generator):
+            raise TracingError("forward draws from a generator that it is not given, which no graph does")
         if kind is OrderedDict:
             items = [(name, self.create_arg(value)) for name, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})

@@ -242,12 +242,17 @@ def _holds_any(module: nn.Module, others: Container[Any]) -> bool:
 
 def _record(model: nn.Module, python: Iterable[nn.Module], example: Inputs, others: Sequence[Inputs]) -> CallRecorder:
     args, kwargs = inputs = cloned(example)
-    recorder = CallRecorder(model, python)
+    recorder, known = CallRecorder(model, python), dict(model.named_modules())
     try:
         with without_trace(model), without_fused_layers(), recorder.following(inputs):
             model(*args, **kwargs)
     except Exception as error:
         raise does_not_run(type(model).__name__, inputs, place_and_cause(error)) from error
+    for path, module in model.named_modules():
+        if path not in known and module not in known.values() and any(True for _ in module.parameters()):
+            raise TracingError(
+                f"{type(model).__name__} creates module {path!r} when it runs first: run it once before it is prepared"
+            )
     recorder.is_open = False
     # Code may hand on other arguments then, as in training, which parts must take, too.
     for other, modes in ((example, modes_of(model)[True]), *((other, {}) for other in others)):

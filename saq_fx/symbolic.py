@@ -192,7 +192,11 @@ class SymbolicTracer(GuardedTracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Records a leaf, follows any other module as far as it can be followed."""
-        if self._examples.running or m not in self._paths:
+        if self._examples.running:
+            return forward(*args, **kwargs)
+        if m not in self._paths:
+            if any(each is m for each in self.root.modules()) and any(True for _ in m.parameters()):
+                raise TracingError("forward calls a module that it has created itself")
             return forward(*args, **kwargs)
         if has_forward_hooks(m):
             with self._hooks.noted(m, self.path_of_module(m)):

@@ -20,7 +20,7 @@ from torch.nn.modules import module as _calls
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from saq_fx.annotation import join_path, record_of, update_record
-from saq_fx.copying import copied
+from saq_fx.copying import copied, keep_copyable
 from saq_fx.eager import run_eagerly, without_fused_layers
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
@@ -221,6 +221,7 @@ def _capture_parts(
             splitter.add_products(module, gm if module is model else module, path, listed)
     for module in reasons:
         splitter.replace_references(gm if module is model else module)
+        keep_copyable(module)
     _place(splitter.parts, recorder.calls)
     for name, owner in recorder.operations.items():
         splitter.untraced.append((name, f"runs in Python code that cannot be traced, {reasons[owner]}"))

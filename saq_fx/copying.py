@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from copyreg import dispatch_table
-from functools import cache, update_wrapper
+from functools import cache, partial, update_wrapper
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
@@ -58,6 +58,20 @@ def copy_module(module: _Module, memo: _Memo | None = None) -> _Module:
                 attributes[name].update({key: _copy(each, memo) for key, each in value.items()})
         else:
             attributes[name] = _copy(value, memo)
+    return own
+
+
+def keep_copyable(module: nn.Module) -> None:
+    """Has `copy.deepcopy` copy a wrapper, and not the graph in it whose attributes it passes off as its own."""
+    if type(module).__getattr__ is not nn.Module.__getattr__ and not hasattr(type(module), "__deepcopy__"):
+        vars(module)["__deepcopy__"] = partial(_copy_wrapper, module)
+
+
+def _copy_wrapper(module: nn.Module, memo: _Memo) -> nn.Module:
+    own: nn.Module = object.__new__(type(module))
+    memo[id(module)] = own
+    vars(own).update({name: copy.deepcopy(each, memo) for name, each in vars(module).items() if name != "__deepcopy__"})
+    keep_copyable(own)
     return own
 
 

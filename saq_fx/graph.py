@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial, update_wrapper
 from types import new_class
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.graph_module import _copy_attr
+from torch.nn.modules.module import _WrappedHook
 
 from saq_fx import annotation
 from saq_fx.annotation import LayerAnnotation, join_path, record_of
@@ -51,7 +53,7 @@ class SaqGraphModule(fx.GraphModule):
         for name, _ in tensors:
             if name not in present:
                 _copy_attr(root, self, name)
-        _order_as(self, root)
+        _become_like(self, root)
         buffers = {name for name, _ in self.named_buffers()}
         if buffers:
             self._keep_out_of_state(buffers - set(root.state_dict(keep_vars=True)))
@@ -62,10 +64,10 @@ class SaqGraphModule(fx.GraphModule):
     def around(cls, model: nn.Module, graph: fx.Graph) -> "SaqGraphModule":
         """A module that has all that `model` has, and a graph that runs its forward as `get_attr python_model`."""
         gm = cls(nn.Module(), fx.Graph(), type(model).__name__)
-        hooks = gm._load_state_dict_post_hooks
-        vars(gm).update(vars(model))
+        hooks = {table: vars(gm)[table] for table in _STATE_HOOKS}
+        vars(gm).update({**vars(model), **hooks})
         keep_forward(gm, model)
-        gm._load_state_dict_post_hooks = hooks
+        _take_state_hooks(gm, model)
         vars(gm)["_python_class"] = type(model)
         gm.graph = graph
         return gm
@@ -170,10 +172,48 @@ class SaqGraphModule(fx.GraphModule):
 _GRAPH_NAMES = {*dir(SaqGraphModule), *dir(fx.GraphModule({}, fx.Graph()))} - set(dir(nn.Module()))
 
 
-def _order_as(module: nn.Module, model: nn.Module) -> None:
-    """Gives children, parameters and buffers the order that they have in the model, and so do all that iterate."""
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+class _StateHook:
+    """What a hook does with checkpoints of the module that it was registered on, which a graph is no object of."""
+
+    def __init__(self, hook: Callable[..., Any], module: nn.Module) -> None:
+        update_wrapper(self, hook)
+        self._hook, self._module = hook, module
+
+    def __call__(self, graph: nn.Module, *args: Any) -> Any:
+        """Runs the hook of the module."""
+        return self._hook(self._module, *args)
+
+
+def _take_state_hooks(gm: nn.Module, module: nn.Module) -> None:
+    """Has a graph, or a module in one, do with checkpoints what a module does (older names, other layouts).
+
+    But for functions inside functions, such as weight_norm's, with which it would not pickle.
+    """
+    for table in _STATE_HOOKS:
+        for key, hook in vars(module)[table].items():
+            is_wrapped = isinstance(hook, _WrappedHook)
+            function = hook.hook if is_wrapped else hook
+            if "<locals>" in getattr(function, "__qualname__", ""):
+                continue
+            if not is_wrapped:
+                vars(gm)[table][key] = _StateHook(function, module)
+            else:
+                vars(gm)[table][key] = partial(function, module) if hook.with_module else hook
+
+
+def _become_like(module: nn.Module, model: nn.Module) -> None:
+    """Gives children, parameters and buffers the order that they have in the model, and hooks of checkpoints to all."""
     if module is model:
         return
+    _take_state_hooks(module, model)
     for kind in ("_modules", "_parameters", "_buffers"):
         held, order = getattr(module, kind), list(getattr(model, kind))
         for name in [name for name in order if name in held]:
@@ -181,7 +221,7 @@ def _order_as(module: nn.Module, model: nn.Module) -> None:
     for name, child in module.named_children():
         of_model = getattr(model, name, None)
         if isinstance(of_model, nn.Module):
-            _order_as(child, of_model)
+            _become_like(child, of_model)
 
 
 def _empty() -> SaqGraphModule:

@@ -21,7 +21,7 @@ STRUCTURE = frozenset(vars(nn.Module()))
 
 _PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict}
-GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
     random.Random: (random.Random.getstate, random.Random.setstate),
     np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),

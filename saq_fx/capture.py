@@ -25,7 +25,7 @@ from saq_fx.eager import run_eagerly, without_fused_layers
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule
-from saq_fx.held import STRUCTURE, containers_in
+from saq_fx.held import replace_references
 from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
@@ -89,11 +89,6 @@ def _check_kind(model: nn.Module) -> None:
             raise TracingError(
                 f"module {path or 'the model itself'!r} of {name} is lazy and has no weights yet: run the model once "
                 "before it is prepared"
-            )
-        if isinstance(module, torch._dynamo.OptimizedModule):
-            raise TracingError(
-                f"module {path!r} of {name} is compiled: put its ._orig_mod in its place, prepare the model, and "
-                "compile the result"
             )
         if isinstance(module, torch.jit.ScriptModule):
             # Nor does a copy of it receive gradients.
@@ -220,7 +215,7 @@ def _capture_parts(
             listed = {name.rpartition(".")[2] for name, owner in recorder.operations.items() if owner is module}
             splitter.add_products(module, gm if module is model else module, path, listed)
     for module in reasons:
-        splitter.replace_references(gm if module is model else module)
+        replace_references(gm if module is model else module, splitter.parts)
         keep_copyable(module)
     _place(splitter.parts, recorder.calls)
     for name, owner in recorder.operations.items():
@@ -289,18 +284,6 @@ class _Splitter:
                 holder._modules[name] = self.parts[child]
             elif child not in self._calls:
                 self.split(child, join_path(path, name))
-
-    def replace_references(self, module: nn.Module) -> None:
-        """Puts parts in the place of modules that attributes, and containers in them, refer to."""
-        attributes = {name: value for name, value in vars(module).items() if name not in STRUCTURE}
-        for held in (vars(module), *containers_in(attributes.values())):
-            for name, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
-                if isinstance(value, nn.Module) and value in self.parts:
-                    held[name] = self.parts[value]
-                elif type(value) is tuple and any(isinstance(each, nn.Module) for each in value):
-                    held[name] = tuple(
-                        [self.parts.get(each, each) if isinstance(each, nn.Module) else each for each in value]
-                    )
 
     def add_products(self, module: nn.Module, holder: nn.Module, path: str, listed: Collection[str]) -> None:
         """Makes parts of the products that the module's own code computes; `holder` is what is left of the module."""

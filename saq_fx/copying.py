@@ -7,10 +7,11 @@ from functools import cache, partial, update_wrapper
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from saq_fx.errors import TracingError
-from saq_fx.held import STRUCTURE, holds_modules, shared_with_hooks
+from saq_fx.held import STRUCTURE, holds_modules, replace_references, shared_with_hooks
 from saq_fx.parametrized import make_picklable
 from saq_fx.scopes import replaced
 
@@ -37,7 +38,37 @@ def copied(model: nn.Module) -> nn.Module:
             "remove attributes that do not deepcopy, such as open files"
         ) from error
     make_picklable(own)
+    _uncompile(own)
     return own
+
+
+class Uncompiled(nn.Module):
+    """What `torch.compile` has made of a module, under the same names, as if it had not been compiled."""
+
+    def __init__(self, compiled: nn.Module) -> None:
+        super().__init__()
+        vars(self).update({name: value for name, value in vars(compiled).items() if name in STRUCTURE})
+        self.training = compiled.training
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module."""
+        return self._orig_mod(*args, **kwargs)
+
+
+def _uncompile(model: nn.Module) -> None:
+    modules = list(model.modules())
+    compiled = [each for each in modules if "_orig_mod" in each._modules]
+    plain = {each: Uncompiled(each) for each in compiled if isinstance(each, torch._dynamo.OptimizedModule)}
+    for module in modules if plain else ():
+        module._modules.update({name: plain[each] for name, each in module._modules.items() if each in plain})
+        replace_references(module, plain)
 
 
 def copy_module(module: _Module, memo: _Memo | None = None) -> _Module:

@@ -117,6 +117,17 @@ def containers_in(values: Iterable[Any]) -> list[Any]:
     return [each for each in _walk(values) if type(each) in _CONTAINERS and _is(each, (list, dict))]
 
 
+def replace_references(module: nn.Module, others: Mapping[Any, nn.Module]) -> None:
+    """Puts others in the place of modules that attributes of a module, and containers in them, refer to."""
+    attributes = {name: value for name, value in vars(module).items() if name not in STRUCTURE}
+    for held in (vars(module), *containers_in(attributes.values())):
+        for name, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+            if isinstance(value, nn.Module) and value in others:
+                held[name] = others[value]
+            elif type(value) is tuple and any(isinstance(each, nn.Module) for each in value):
+                held[name] = tuple([others.get(each, each) if isinstance(each, nn.Module) else each for each in value])
+
+
 def holds_modules(value: Any, into_objects: bool = False) -> bool:
     """Whether a value is a module, or has one in its containers."""
     return any(_is(each, nn.Module) for each in _walk([value], into_objects))

@@ -670,12 +670,35 @@ def test_models_in_other_states() -> None:
     gm = prepare_saq(torch.compile(model, backend="eager"), example_inputs=V, precision=None)  # type: ignore[arg-type]
     assert list(gm.state_dict()) == list(model.state_dict())
     assert torch.equal(gm(V), model(V))
-    with pytest.raises(TracingError, match=r"^module '0' of Sequential is compiled: put its \._orig_mod"):
-        prepare_saq(nn.Sequential(torch.compile(model, backend="eager")), example_inputs=V)  # type: ignore[arg-type]
     with torch.inference_mode():
         gm = prepare_saq(model, example_inputs=V.clone())
     gm(V).sum().backward()
     assert all(each.grad is not None for each in gm.parameters())
+
+
+class Compiled(Pair):
+    """Has a compiled part, known by two names; `asks` keeps it Python."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.a = torch.compile(nn.Linear(8, 8), backend="eager")  # type: ignore[assignment]
+        self.known, self.asks = [self.a], asks
+
+    def between(self, h: Tensor) -> Tensor:
+        h = self.known[0](h) + self.a.weight.sum()
+        return h * 2 if self.asks and h.sum() > 1e9 else h
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("asks", [False, True])
+def test_compiled_parts_are_as_if_they_were_not(asks: bool) -> None:
+    model = Compiled(asks)
+    gm = prepare_saq(model, example_inputs=V, precision=None)
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    for each in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert_same_function(model, each, V)
+    quantized = prepare_saq(model, example_inputs=V)
+    assert {layer.weight for _, layer in layers(quantized)} == {"a._orig_mod.weight", "b.weight"}
 
 
 def test_pruned_models() -> None:

@@ -208,6 +208,8 @@ class SymbolicTracer(GuardedTracer):
             _reject_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
+        if type(m) is nn.MultiheadAttention and not can_open(m):
+            self.untraceable.setdefault(path, "it attends to keys that are not its input's")
         if path in self.untraceable:
             return self._python_leaf(path, args, kwargs)
         last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()

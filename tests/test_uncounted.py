@@ -225,17 +225,23 @@ def test_functional_attention_that_has_no_open_form_is_listed() -> None:
 
 
 def test_layers_that_stay_float_lower_the_share() -> None:
-    for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):
-        model = Around(lambda m, h: m.attention(h, h, h)[0])
-        model.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
-        found = report(model)
-        assert [name for name, _ in found.uncounted] == ["attention"]
-        assert found.uncounted_macs == 4 * LINEAR_MACS + 2 * 5 * 6 * 8
-        assert found.quantized_share == 2 * LINEAR_MACS / (6 * LINEAR_MACS + 2 * 5 * 6 * 8)
-        assert f"{found.quantized_share:.1%} of the MACs" in str(found)
     model = Around(lambda m, h: m.lstm(h)[0])
     model.lstm = nn.LSTM(8, 8, batch_first=True)
-    assert report(model).uncounted_macs == 4 * 2 * LINEAR_MACS
+    found = report(model)
+    assert found.uncounted_macs == 4 * 2 * LINEAR_MACS
+    assert found.quantized_share == 2 / 10
+    assert "20.0% of the MACs" in str(found)
+
+
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_attention_to_added_keys_is_quantized(options: dict[str, Any]) -> None:
+    model = Around(lambda m, h: m.attention(h, h, h)[0])
+    model.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+    gm = prepare_saq(model, example_inputs=V, precision=None)
+    assert_same(model, gm, V)
+    found = report(model)
+    assert found.uncounted == ()
+    assert found.total_macs == 6 * LINEAR_MACS + 2 * 5 * 6 * 8
 
 
 class Resized(nn.Module):

@@ -1,4 +1,4 @@
-"""Deep copies of models: what `copy.deepcopy` makes of them, in a fraction of its time."""
+"""Deep copies of models: what `copy.deepcopy` makes of them, in a fraction of its time, and hooks of gradients, too."""
 
 import copy
 from collections.abc import Callable
@@ -111,6 +111,11 @@ def _copy(value: Any, memo: _Memo) -> Any:
         return copy_module(value, memo)
     if type(value) is FunctionType:
         return _copy_function(value, memo)
+    if isinstance(value, nn.Parameter) and value._backward_hooks and id(value) not in memo:
+        parameter = copy.deepcopy(value, memo)
+        for hook in value._backward_hooks.values():
+            parameter.register_hook(hook)
+        return parameter
     if type(value) in (list, dict) and id(value) not in memo:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         functions = {key: each for key, each in items if type(each) is FunctionType}

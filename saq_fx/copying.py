@@ -114,7 +114,7 @@ def _copy(value: Any, memo: _Memo) -> Any:
     if isinstance(value, nn.Parameter) and value._backward_hooks and id(value) not in memo:
         parameter = copy.deepcopy(value, memo)
         for hook in value._backward_hooks.values():
-            parameter.register_hook(hook)
+            parameter.register_hook(hook)  # type: ignore[no-untyped-call]
         return parameter
     if type(value) in (list, dict) and id(value) not in memo:
         items = value.items() if isinstance(value, dict) else enumerate(value)

@@ -84,6 +84,7 @@ def _resized(inputs: Inputs) -> Iterator[Inputs]:
 def _candidates(inputs: Inputs) -> Iterator[Inputs]:
     for change in _SAMPLES:
         yield _with_axis(inputs, 0, (1, 2, 3, 4, 5), change)
+    yield _with_items(inputs)
     for change in _LONGER:
         yield _with_axis(_with_axis(inputs, -1, (4, 5), change), -2, (4, 5), change)
     for axis in (1, -1):
@@ -96,6 +97,15 @@ def _candidates(inputs: Inputs) -> Iterator[Inputs]:
     for dimensions in sorted({len(shape) for shape in shapes}):
         for axis in range(1, dimensions):
             yield _with_axis(inputs, axis, (dimensions,), _NEARBY[0])
+
+
+def _with_items(value: Any) -> Any:
+    """A nested value with one item more in each list."""
+    if isinstance(value, list):
+        return [_with_items(item) for item in (*value, *value[:1])]
+    if type(value) is tuple:
+        return tuple(map(_with_items, value))
+    return {name: _with_items(item) for name, item in value.items()} if type(value) is dict else value
 
 
 def _shapes(inputs: Inputs) -> tuple[torch.Size, ...]:

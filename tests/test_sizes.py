@@ -142,6 +142,24 @@ def test_every_axis_may_have_another_size(kind: type[nn.Module], shapes: list[An
         assert_same(model, gm, tuple(map(torch.randn, each)))
 
 
+class Gathering(nn.Module):
+    """Takes as many sets as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, sets: list[Tensor]) -> Tensor:
+        return torch.stack([self.b(self.a(each).relu().sum(0)) for each in sets])
+
+
+def test_lists_may_have_another_length() -> None:
+    model, sets = Gathering(), [torch.randn(size, 8) for size in (3, 5, 2, 4)]
+    gm = prepare_saq(model, example_inputs=(sets[:2],), precision=None)
+    for each in (sets[:2], sets, sets[:1]):
+        assert_same(model, gm, (each,))
+
+
 class Multiplying(nn.Module):
     """Asks for the length, next to a product of its own."""
 

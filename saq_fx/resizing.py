@@ -85,7 +85,6 @@ def _candidates(inputs: Inputs) -> Iterator[Inputs]:
     for change in _SAMPLES:
         yield _with_axis(inputs, 0, (1, 2, 3, 4, 5), change)
     yield _with_items(inputs)
-    yield map_tensors(_with_more_axes, inputs)
     for change in _LONGER:
         yield _with_axis(_with_axis(inputs, -1, (4, 5), change), -2, (4, 5), change)
     for axis in (1, -1):
@@ -107,11 +106,6 @@ def _with_items(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(map(_with_items, value))
     return {name: _with_items(item) for name, item in value.items()} if type(value) is dict else value
-
-
-def _with_more_axes(tensor: Tensor) -> Tensor:
-    """A row or a matrix a sample, in the place of a number or a row."""
-    return torch.stack((tensor, tensor), 1) if tensor.dim() in (2, 3) and tensor.layout is torch.strided else tensor
 
 
 def _shapes(inputs: Inputs) -> tuple[torch.Size, ...]:

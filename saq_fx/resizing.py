@@ -100,9 +100,10 @@ def _candidates(inputs: Inputs) -> Iterator[Inputs]:
 
 
 def _with_items(value: Any) -> Any:
-    """A nested value with one item more in each list."""
+    """A nested value with one item more in each list of tensors, or of dictionaries."""
     if isinstance(value, list):
-        return [_with_items(item) for item in (*value, *value[:1])]
+        is_uniform = all(isinstance(item, Tensor) for item in value) or all(isinstance(item, dict) for item in value)
+        return [_with_items(item) for item in (*value, *(value[:1] if is_uniform else ()))]
     if type(value) is tuple:
         return tuple(map(_with_items, value))
     return {name: _with_items(item) for name, item in value.items()} if type(value) is dict else value

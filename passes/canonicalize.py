@@ -100,9 +100,9 @@ def _rewrite_functional_attention(node: fx.Node) -> bool:
 
 def _rewrite_call(node: fx.Node) -> bool:
     entry = operator_of(node)
-    if entry is None or "out" in node.kwargs:
+    if entry is None or node.kwargs.get("out") is not None:
         return False
-    args, kwargs = list(node.args), dict(node.kwargs)
+    args, kwargs = list(node.args), {name: value for name, value in node.kwargs.items() if name != "out"}
     if entry.name == "einsum" and len(args) == 2 and isinstance(args[1], list | tuple):
         args[1:] = list(args[1])
     while len(args) < len(entry.parameters) and entry.parameters[len(args)] in kwargs:

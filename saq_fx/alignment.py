@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from saq_fx.annotation import owner_path
+from saq_fx.effects import has_effects
 from saq_fx.operators import operator_of
 
 Run = tuple[bool, Sequence[fx.Node], Sequence[fx.Node]]
@@ -19,6 +20,33 @@ def aligned(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> Iterator[Run
     for index_first, index_second in [*_layer_pairs(first, second), (len(first), len(second))]:
         yield from _runs(first[done_first:index_first], second[done_second:index_second])
         done_first, done_second = index_first, index_second
+
+
+def chance_pairs(runs: Sequence[Run]) -> set[fx.Node]:
+    """Nodes of the first graph whose pairs share no more than what they call, and better are two nodes.
+
+    They are fed differently, and so are of other shapes perhaps; what one graph alone does with such a pair would get
+    the value of the other graph.
+    """
+    pairs = [pair for are_pairs, *nodes in runs if are_pairs for pair in zip(*nodes, strict=True)]
+    partners, differing, found = dict(pairs), set[fx.Node](), set[fx.Node]()
+    for first, second in pairs:
+        is_plain = first.op in ("call_function", "call_method") and operator_of(first) is None
+        if is_plain and not has_effects(first) and not _are_fed_alike(first, second, partners, differing):
+            differing.add(first)
+    shared = {second: first for first, second in pairs}
+    for first, second in reversed(pairs):
+        users = [*first.users, *(shared.get(user, user) for user in second.users)]
+        if first in differing and any(user not in partners or user in found for user in users):
+            found.add(first)
+    return found
+
+
+def _are_fed_alike(first: fx.Node, second: fx.Node, partners: dict[fx.Node, fx.Node], differing: set[fx.Node]) -> bool:
+    if not differing.isdisjoint(first.all_input_nodes):
+        return False
+    arguments = fx.map_arg((first.args, first.kwargs), lambda node: partners.get(node, node))
+    return bool(arguments == (second.args, second.kwargs))
 
 
 def read_parameters(node: fx.Node) -> frozenset[str]:

@@ -20,12 +20,12 @@ from torch.nn.modules import module as _calls
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from saq_fx.annotation import join_path, record_of, update_record
-from saq_fx.copying import copied
+from saq_fx.copying import copied, keep_copyable
 from saq_fx.eager import run_eagerly, without_fused_layers
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule
-from saq_fx.held import STRUCTURE, containers_in
+from saq_fx.held import replace_references
 from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
@@ -33,8 +33,9 @@ from saq_fx.places import place_and_cause
 from saq_fx.products import Product, add_products, remove_products
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.resizing import refusing_modules
+from saq_fx.runtime import require_given
 from saq_fx.shapes import does_not_run, interpreted, without_trace
-from saq_fx.symbolic import overrides_call
+from saq_fx.symbolic import default_in_graph, is_plain, overrides_call
 from saq_fx.tracing import (
     ExampleInputs,
     Inputs,
@@ -45,7 +46,7 @@ from saq_fx.tracing import (
     trace,
     trace_symbolically,
 )
-from saq_fx.uncounted import has_weights
+from saq_fx.uncounted import has_weights, not_in_table
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
@@ -89,11 +90,6 @@ def _check_kind(model: nn.Module) -> None:
                 f"module {path or 'the model itself'!r} of {name} is lazy and has no weights yet: run the model once "
                 "before it is prepared"
             )
-        if isinstance(module, torch._dynamo.OptimizedModule):
-            raise TracingError(
-                f"module {path!r} of {name} is compiled: put its ._orig_mod in its place, prepare the model, and "
-                "compile the result"
-            )
         if isinstance(module, SaqGraphModule) and record_of(module).recipe is not None:
             raise TracingError(
                 f"module {path!r} of {name} is quantized already: prepare the model with the module that it was made "
@@ -107,15 +103,20 @@ def _check_kind(model: nn.Module) -> None:
             )
 
 
-def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
-    """Captures the module itself; submodules that become parts are replaced in it."""
+def _capture(model: nn.Module, inputs: Inputs | None, calls: Sequence[Inputs] = ()) -> SaqGraphModule:
+    """Captures the module itself; submodules that become parts are replaced in it.
+
+    Args:
+        inputs: examples, the first of `calls` if there are any.
+        calls: inputs that the graph must take; guards that one of them fails are a reason to keep Python code.
+    """
     try:
         gm, untraceable = trace_symbolically(model, inputs)
     except TracingError as error:
         if inputs is None:
             raise
-        return _capture_around(model, inputs, str(error))
-    others: list[Inputs] = []
+        return _capture_around(model, inputs, str(error), calls[1:])
+    others = list(calls[1:])
     while inputs is not None and (found := refusing_modules(gm, model, inputs)) is not None:
         refusing, resized = found
         remove_flags(model)
@@ -128,6 +129,8 @@ def _capture(model: nn.Module, inputs: Inputs | None) -> SaqGraphModule:
             remove_flags(model)
             gm, untraceable = trace_symbolically(model, inputs, untraceable)
             break
+    if inputs is not None and (problem := _failure_on(gm, calls)) is not None:
+        return _capture_around(model, inputs, problem, others)
     if untraceable and inputs is not None:
         try:
             _capture_parts(gm, model, untraceable, inputs, others)
@@ -172,7 +175,7 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
     defaults: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
         default = parameter.default
-        plain = default is None or isinstance(default, bool | int | float | str | tuple | torch.dtype)
+        plain = is_plain(default)
         if parameter.kind is parameter.VAR_POSITIONAL:
             more["more_args"] = graph.placeholder(f"*{name}")
         elif parameter.kind is parameter.VAR_KEYWORD:
@@ -180,7 +183,9 @@ def _python_graph(model: nn.Module, inputs: Inputs) -> fx.Graph:
         elif not plain and name not in given:
             by_position = 0
         else:
-            node = graph.create_node("placeholder", name, (default,) if plain else (), {})
+            node = graph.create_node("placeholder", name, default_in_graph(graph, parameter), {})
+            if node.args and not plain:
+                graph.call_function(require_given, (node, name))
             is_named = parameter.kind is parameter.KEYWORD_ONLY or len(positional) >= by_position
             if parameter.kind is parameter.POSITIONAL_ONLY or not is_named:
                 positional.append(node)
@@ -215,7 +220,8 @@ def _capture_parts(
             listed = {name.rpartition(".")[2] for name, owner in recorder.operations.items() if owner is module}
             splitter.add_products(module, gm if module is model else module, path, listed)
     for module in reasons:
-        splitter.replace_references(gm if module is model else module)
+        replace_references(gm if module is model else module, splitter.parts)
+        keep_copyable(module)
     _place(splitter.parts, recorder.calls)
     for name, owner in recorder.operations.items():
         splitter.untraced.append((name, f"runs in Python code that cannot be traced, {reasons[owner]}"))
@@ -237,12 +243,17 @@ def _holds_any(module: nn.Module, others: Container[Any]) -> bool:
 
 def _record(model: nn.Module, python: Iterable[nn.Module], example: Inputs, others: Sequence[Inputs]) -> CallRecorder:
     args, kwargs = inputs = cloned(example)
-    recorder = CallRecorder(model, python)
+    recorder, known = CallRecorder(model, python), dict(model.named_modules())
     try:
         with without_trace(model), without_fused_layers(), recorder.following(inputs):
             model(*args, **kwargs)
     except Exception as error:
         raise does_not_run(type(model).__name__, inputs, place_and_cause(error)) from error
+    for path, module in model.named_modules():
+        if path not in known and module not in known.values() and any(True for _ in module.parameters()):
+            raise TracingError(
+                f"{type(model).__name__} creates module {path!r} when it runs first: run it once before it is prepared"
+            )
     recorder.is_open = False
     # Code may hand on other arguments then, as in training, which parts must take, too.
     for other, modes in ((example, modes_of(model)[True]), *((other, {}) for other in others)):
@@ -279,18 +290,6 @@ class _Splitter:
             elif child not in self._calls:
                 self.split(child, join_path(path, name))
 
-    def replace_references(self, module: nn.Module) -> None:
-        """Puts parts in the place of modules that attributes, and containers in them, refer to."""
-        attributes = {name: value for name, value in vars(module).items() if name not in STRUCTURE}
-        for held in (vars(module), *containers_in(attributes.values())):
-            for name, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
-                if isinstance(value, nn.Module) and value in self.parts:
-                    held[name] = self.parts[value]
-                elif type(value) is tuple and any(isinstance(each, nn.Module) for each in value):
-                    held[name] = tuple(
-                        [self.parts.get(each, each) if isinstance(each, nn.Module) else each for each in value]
-                    )
-
     def add_products(self, module: nn.Module, holder: nn.Module, path: str, listed: Collection[str]) -> None:
         """Makes parts of the products that the module's own code computes; `holder` is what is left of the module."""
         found = [each for each in self._calls if isinstance(each, Product) and each.module is module]
@@ -322,27 +321,33 @@ class _Splitter:
                 self.paths.append(path)
                 return
             if has_weights(module):
-                reason = f"{type(module).__name__} is not in the operator table; it stays in float"
-                self.untraced.append((path, reason))
+                self.untraced.append((path, not_in_table(module)))
         except TracingError as error:
-            self.untraced.append((path, str(error)))
+            is_one_layer = type(module).__module__.startswith("torch.nn.") and not module._modules
+            self.untraced.append((path, not_in_table(module) if is_one_layer else str(error)))
         remove_flags(module)  # it stays as it is, and so must be what tracing it has added
 
 
 def _accepting_all(module: nn.Module, calls: Calls) -> SaqGraphModule:
-    """A graph that takes the inputs of every call: guards that one of them fails are a reason to keep Python code."""
+    """A graph that takes the inputs of every call."""
     if not calls.inputs:
         return _capture(module, None)
     if not type(module).__module__.startswith("torch.nn.") and any(map(_passes_none, calls.inputs)):
         return _capture_around(module, calls.inputs[0], "other calls may give it what is None here", calls.inputs[1:])
-    part = _capture(module, calls.inputs[0])
+    return _capture(module, calls.inputs[0], calls.inputs)
+
+
+def _failure_on(gm: SaqGraphModule, calls: Sequence[Inputs]) -> str | None:
+    """Where and why a graph does not run on the inputs of all calls, None where it does."""
+    if not calls:
+        return None
     try:
-        with without_trace(part), interpreted(part):
-            for args, kwargs in cloned(calls.inputs):
-                part(*args, **kwargs)
+        with without_trace(gm), interpreted(gm):
+            for args, kwargs in cloned(calls):
+                gm(*args, **kwargs)
     except Exception as error:
-        return _capture_around(module, calls.inputs[0], place_and_cause(error), calls.inputs[1:])
-    return part
+        return place_and_cause(error)
+    return None
 
 
 def _passes_none(inputs: Inputs) -> bool:

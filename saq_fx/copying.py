@@ -1,17 +1,24 @@
-"""Deep copies of models: what `copy.deepcopy` makes of them, in a fraction of its time."""
+"""Deep copies of models: what `copy.deepcopy` makes of them, in a fraction of its time, and hooks of gradients, too."""
 
 import copy
 from collections.abc import Callable
 from copyreg import dispatch_table
-from functools import cache, update_wrapper
+from functools import cache, partial, update_wrapper
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from saq_fx.compiled import uncompile
 from saq_fx.errors import TracingError
-from saq_fx.held import PLAIN_TYPES, STRUCTURE, holds_modules, is_immutable, shared_with_hooks
+from saq_fx.held import (
+    PLAIN_TYPES,
+    STRUCTURE,
+    holds_modules,
+    is_immutable,
+    shared_with_hooks,
+)
 from saq_fx.parametrized import make_picklable
 from saq_fx.scopes import replaced
 
@@ -36,6 +43,7 @@ def copied(model: nn.Module) -> nn.Module:
             "remove attributes that do not deepcopy, such as open files"
         ) from error
     make_picklable(own)
+    uncompile(own)
     return own
 
 
@@ -62,6 +70,20 @@ def copy_module(module: _Module, memo: _Memo | None = None) -> _Module:
     return own
 
 
+def keep_copyable(module: nn.Module) -> None:
+    """Has `copy.deepcopy` copy a wrapper, and not the graph in it whose attributes it passes off as its own."""
+    if type(module).__getattr__ is not nn.Module.__getattr__ and not hasattr(type(module), "__deepcopy__"):
+        vars(module)["__deepcopy__"] = partial(_copy_wrapper, module)
+
+
+def _copy_wrapper(module: nn.Module, memo: _Memo) -> nn.Module:
+    own: nn.Module = object.__new__(type(module))
+    memo[id(module)] = own
+    vars(own).update({name: copy.deepcopy(each, memo) for name, each in vars(module).items() if name != "__deepcopy__"})
+    keep_copyable(own)
+    return own
+
+
 def _copy(value: Any, memo: _Memo) -> Any:
     if isinstance(value, nn.Module):
         return copy_module(value, memo)
@@ -69,6 +91,11 @@ def _copy(value: Any, memo: _Memo) -> Any:
         return _copy_tensor(value, memo)
     if type(value) is FunctionType:
         return _copy_function(value, memo)
+    if isinstance(value, nn.Parameter) and value._backward_hooks and id(value) not in memo:
+        parameter = copy.deepcopy(value, memo)
+        for hook in value._backward_hooks.values():
+            parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+        return parameter
     if type(value) in (list, dict) and id(value) not in memo:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         functions = {key: each for key, each in items if type(each) is FunctionType}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from saq_fx import annotation
+from saq_fx import annotation, checkpoint_hooks
 from saq_fx.annotation import LayerAnnotation, join_path, record_of
 from saq_fx.eager import keep_forward, run_eagerly
 from saq_fx.errors import TracingError
@@ -53,10 +53,10 @@ class SaqGraphModule(fx.GraphModule):
     def around(cls, model: nn.Module, graph: fx.Graph) -> "SaqGraphModule":
         """A module that has all that `model` has, and a graph that runs its forward as `get_attr python_model`."""
         gm = cls(nn.Module(), fx.Graph(), type(model).__name__)
-        hooks = gm._load_state_dict_post_hooks
-        vars(gm).update(vars(model))
+        hooks = {table: vars(gm)[table] for table in checkpoint_hooks.TABLES}
+        vars(gm).update({**vars(model), **hooks})
         keep_forward(gm, model)
-        gm._load_state_dict_post_hooks = hooks
+        checkpoint_hooks.take(gm, model)
         vars(gm)["_python_class"] = type(model)
         gm.graph = graph
         return gm
@@ -77,7 +77,8 @@ class SaqGraphModule(fx.GraphModule):
     @property
     def python_model(self) -> nn.Module:
         """This module as an object of the class of the model that `around` was given; both have one state."""
-        model: nn.Module = object.__new__(self._python_class)
+        kind: Any = self._python_class
+        model: nn.Module = object.__new__(kind)
         model.__dict__ = self.__dict__
         return model
 
@@ -162,9 +163,10 @@ _GRAPH_NAMES = {*dir(SaqGraphModule), *dir(fx.GraphModule({}, fx.Graph()))} - se
 
 
 def _complete(module: nn.Module, model: nn.Module) -> None:
-    """Gives a module the tensors of its model that no node reads, too, and all of them the order of the model."""
+    """Gives a module all tensors of its model, in the order of that, and its hooks of checkpoints."""
     if module is model:
         return
+    checkpoint_hooks.take(module, model)
     for kind in ("_parameters", "_buffers"):
         held = vars(module)[kind]
         for name, tensor in vars(model)[kind].items():

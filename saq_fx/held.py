@@ -1,6 +1,8 @@
 """What modules, objects and hooks hold from one call to the next: to notice what a call has changed, and to undo it."""
 
 import operator
+import pickle
+import random
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -8,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 MISSING: Any = object()
@@ -19,6 +23,17 @@ STRUCTURE = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, str, type(None))
 PLAIN_TYPES = frozenset(_PLAIN)
 _CONTAINERS = {list, dict, set, deque, OrderedDict, defaultdict}
+GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: (
+        lambda generator: generator.bit_generator.state,
+        lambda generator, state: setattr(generator.bit_generator, "state", state),
+    ),
+}
+"""Generators of random numbers: what gives the state of one, and what sets it."""
+
 _LIBRARIES = ("torch", "saq_fx", "numpy")
 _NO_STATE = (type, types.ModuleType, types.FunctionType, types.MethodType, nn.Module, Tensor, fx.Proxy)
 
@@ -30,6 +45,7 @@ class Snapshot:
         self._all = list(held.values())
         self.values = {name: value for name, value in held.items() if name not in STRUCTURE}
         self._contents: dict[str, list[tuple[Any, Any]]] = {}
+        self._drawn_from = {name: GENERATORS[type(v)][0](v) for name, v in self.values.items() if type(v) in GENERATORS}
         for name, value in self.values.items():
             if type(value) in _CONTAINERS or (type(value) is tuple and not is_immutable(value)):
                 contents = [(each, each.copy()) for each in _walk([value]) if type(each) in _CONTAINERS]
@@ -44,9 +60,9 @@ class Snapshot:
         return [name for name, value in items if self._is_moved(name, value)]
 
     def is_current(self, held: Mapping[str, Any]) -> bool:
-        """Whether all of them are what they were, and none is a container."""
-        is_same_number = len(held) == len(self._all) and not self._contents
-        return is_same_number and all(map(operator.is_, held.values(), self._all))
+        """Whether all of them are what they were, and none is a container or a generator."""
+        is_comparable = len(held) == len(self._all) and not (self._contents or self._drawn_from)
+        return is_comparable and all(map(operator.is_, held.values(), self._all))
 
     def put_back(self, held: MutableMapping[str, Any], names: Iterable[str]) -> None:
         """Makes these what they were."""
@@ -56,6 +72,8 @@ class Snapshot:
                 continue
             if held.get(name, MISSING) is not self.values[name]:
                 held[name] = self.values[name]
+            if name in self._drawn_from:
+                GENERATORS[type(held[name])][1](held[name], self._drawn_from[name])
             for container, before in self._contents.get(name, ()):
                 if not is_same(container, before):
                     container.clear()
@@ -70,7 +88,8 @@ class Snapshot:
         if any(not is_same(*each) for each in contents):
             return True
         if value is before:
-            return False
+            drawn = name in self._drawn_from and GENERATORS[type(value)][0](value)
+            return bool(drawn) and pickle.dumps(drawn) != pickle.dumps(self._drawn_from[name])
         if _is(value, _PLAIN):
             return type(value) is not type(before) or value != before
         is_other = type(value) in _CONTAINERS and not is_same(value, before)
@@ -113,6 +132,17 @@ def proxies_in(value: Any) -> Iterator[fx.Proxy]:
 def containers_in(values: Iterable[Any]) -> list[Any]:
     """The lists and dictionaries among values and in their containers, each once."""
     return [each for each in _walk(values) if type(each) in _CONTAINERS and _is(each, (list, dict))]
+
+
+def replace_references(module: nn.Module, others: Mapping[Any, nn.Module]) -> None:
+    """Puts others in the place of modules that attributes of a module, and containers in them, refer to."""
+    attributes = {name: value for name, value in vars(module).items() if name not in STRUCTURE}
+    for held in (vars(module), *containers_in(attributes.values())):
+        for name, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+            if isinstance(value, nn.Module) and value in others:
+                held[name] = others[value]
+            elif type(value) is tuple and any(isinstance(each, nn.Module) for each in value):
+                held[name] = tuple([others.get(each, each) if isinstance(each, nn.Module) else each for each in value])
 
 
 def holds_modules(value: Any, into_objects: bool = False) -> bool:

@@ -1,11 +1,12 @@
 """One graph that behaves as the model does both in `train()` and in `eval()`."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from saq_fx.alignment import aligned, read_parameters
+from saq_fx.alignment import aligned, chance_pairs, read_parameters
 from saq_fx.annotation import inherit_owner, join_path, mark_training_only, owner_path
 from saq_fx.effects import OnlyIn, follows_mode, has_effects
 from saq_fx.errors import TracingError
@@ -81,13 +82,14 @@ class UnmergeableError(TracingError):
 
 def merge_modes(
     model: nn.Module, training: fx.Graph, evaluation: fx.Graph, steering: Mapping[str, Iterable[str]]
-) -> fx.Graph:
+) -> "Merged":
     """Merges the graphs traced in training and in evaluation mode.
 
     Both node sequences are aligned; where an aligned node's arguments differ, `select_mode` picks by the mode of the
     module whose code made the difference. Nodes of one mode only run in both, and their values are not used in the
-    other; those with effects run in theirs only (`OnlyIn`). So the result is right whatever the alignment. Layers that
-    only training reaches (auxiliary heads) are marked, so that they are neither quantized nor counted.
+    other; those with effects run in theirs only (`OnlyIn`). So the result is right whatever the alignment, unless a
+    node fails on what the other mode gives it, of another shape (`Merged.unsure`). Layers that only training reaches
+    (auxiliary heads) are marked, so that they are neither quantized nor counted.
 
     Args:
         model: what was traced.
@@ -98,10 +100,16 @@ def merge_modes(
         UnmergeableError: such a module has to stay Python.
     """
     merger = _Merger(model, steering)
-    for are_pairs, train_nodes, eval_nodes in aligned(list(training.nodes), list(evaluation.nodes)):
+    runs = list(aligned(list(training.nodes), list(evaluation.nodes)))
+    by_chance = chance_pairs(runs)
+    for are_pairs, train_nodes, eval_nodes in runs:
         if are_pairs:
             for train_node, eval_node in zip(train_nodes, eval_nodes, strict=True):
-                merger.add_pair(train_node, eval_node)
+                if train_node in by_chance:
+                    mark_training_only(merger.add_half(train_node, training=True))
+                    merger.add_half(eval_node, training=False)
+                else:
+                    merger.add_pair(train_node, eval_node)
             continue
         for train_node in train_nodes:
             mark_training_only(merger.add_single(train_node, training=True))
@@ -109,7 +117,19 @@ def merge_modes(
             merger.add_single(eval_node, training=False)
     merger.check_layers()
     merger.graph.set_codegen(training._codegen)
-    return merger.graph
+    return Merged(merger.graph, merger.unsure)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A graph of both modes.
+
+    `unsure` are nodes of one mode only that get the other one's values in the other: whether their mode is training,
+    and the module whose code asks for modes there.
+    """
+
+    graph: fx.Graph
+    unsure: Mapping[fx.Node, tuple[bool, str]]
 
 
 class _Merger:
@@ -121,6 +141,8 @@ class _Merger:
         # Of the merged nodes of one mode only: the modules on whose modes they depend; and those that are layers.
         self._owners: dict[fx.Node, frozenset[str]] = {}
         self._layers: dict[bool, list[fx.Node]] = {True: [], False: []}
+        self.unsure: dict[fx.Node, tuple[bool, str]] = {}
+        self._differing: set[fx.Node] = set()  # merged nodes of both modes whose values are another in each
 
     def add_single(self, node: fx.Node, *, training: bool) -> fx.Node:
         """Copies a node of one graph."""
@@ -137,7 +159,20 @@ class _Merger:
             copied = self.graph.node_copy(node, merged.__getitem__)
             if read_parameters(node):
                 self._layers[training].append(node)
-        merged[node], self._owners[copied] = copied, owners
+        self._add(node, copied, owners, training)
+        return copied
+
+    def _add(self, node: fx.Node, copied: fx.Node, owners: frozenset[str], training: bool) -> None:
+        self._merged[training][node], self._owners[copied] = copied, owners
+        if any(source in self._differing or source in self.unsure for source in copied.all_input_nodes):
+            self.unsure[copied] = training, self._place(owner_path(node))
+
+    def add_half(self, node: fx.Node, *, training: bool) -> fx.Node:
+        """Copies a node of one graph that is called in the other one, too, with other arguments, and only computes."""
+        merged = self._merged[training]
+        copied = self.graph.node_copy(node, merged.__getitem__)
+        owners = frozenset().union(*(self._owners.get(merged[source], ()) for source in node.all_input_nodes))
+        self._add(node, copied, owners or self._asked_at(owner_path(node)), training)
         return copied
 
     def add_pair(self, train_node: fx.Node, eval_node: fx.Node) -> None:
@@ -151,6 +186,8 @@ class _Merger:
             merged = self.graph.create_node(train_node.op, train_node.target, args, kwargs, train_node.name)
             inherit_owner([merged], train_node)
         self._merged[True][train_node] = self._merged[False][eval_node] = merged
+        if any(source in self._differing or source.target is select_mode for source in merged.all_input_nodes):
+            self._differing.add(merged)
 
     def check_layers(self) -> None:
         """Raises UnmergeableError where a layer has one node a mode: that of training would stay in float."""

@@ -83,6 +83,13 @@ def _label_axes(term: str, shape: Shape) -> list[tuple[str, int]]:
     return list(zip([*before, *labels, *after], shape, strict=True))
 
 
+def _tensordot_macs(args: Sequence[Any], output: Shape) -> int:
+    """Output elements times the sizes of the contracted axes: the last ones of the first operand, or those named."""
+    left, _, axes = args
+    contracted = left[len(left) - axes :] if isinstance(axes, int) else [left[axis] for axis in axes[0]]
+    return math.prod(output) * int(math.prod(contracted))
+
+
 def _attention_macs(args: Sequence[Any], output: Shape) -> int:
     """Both products: every query meets every key over the query's width and every value over the value's."""
     query, key, value = args[:3]
@@ -195,6 +202,25 @@ OPERATORS: tuple[Operator, ...] = (
         channel_axis=None,
     ),
     Operator(
+        "tensordot",
+        torch.tensordot,
+        ("a", "b", "dims"),
+        activation=0,
+        weight=1,
+        macs=_tensordot_macs,
+        channel_axis=None,
+    ),
+    Operator(
+        "inner",
+        torch.inner,
+        ("input", "other"),
+        activation=0,
+        weight=1,
+        macs=_product_macs(0),
+        aliases=(torch.ops.aten.inner.default,),
+        methods=("inner",),
+    ),
+    Operator(
         "scaled_dot_product_attention",
         F.scaled_dot_product_attention,
         ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
@@ -282,11 +308,11 @@ _UNCOUNTED = {
     "addbmm", "addmv", "addr", "bilinear", "cdist", "chain_matmul", "cholesky", "cholesky_inverse",
     "cholesky_solve", "conv_tbc", "convolution", "_convolution", "deform_conv2d", "det", "dot", "eig", "eigh",
     "eigvals", "eigvalsh", "fft", "fft2", "fftn", "ger", "gru", "gru_cell", "hfft", "hspmm", "ifft", "ifft2",
-    "ifftn", "ihfft", "inner", "inv", "inv_ex", "inverse", "irfft", "irfft2", "irfftn", "istft", "kron",
+    "ifftn", "ihfft", "inv", "inv_ex", "inverse", "irfft", "irfft2", "irfftn", "istft", "kron",
     "logdet", "lstm", "lstm_cell", "lstsq", "matrix_exp", "matrix_power", "multi_dot",
     "multi_head_attention_forward", "mv", "outer", "pinv", "pinverse", "qr", "rfft", "rfft2", "rfftn",
     "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "sampled_addmm", "slogdet", "smm", "solve",
-    "solve_ex", "solve_triangular", "stft", "svd", "svdvals", "tensordot", "vdot", "vecdot",
+    "solve_ex", "solve_triangular", "stft", "svd", "svdvals", "vdot", "vecdot",
 }  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def product_called(
 ) -> Product | None:
     """What the code of a module calls now, if it is a product that can be routed."""
     entry = operator_called(function)
-    if entry is None or entry.name == "embedding" or "out" in kwargs:
+    if entry is None or entry.name == "embedding" or kwargs.get("out") is not None:
         return None
     place = _place(sys._getframe(1), module)
     if place is None:
@@ -113,7 +113,7 @@ def _argument(value: Any, paths: Mapping[int, str], name: str = "") -> Any:
         return NotImplemented if _is_transformed(value) else _Operand(paths.get(id(value), ""))
     if isinstance(value, list | tuple):
         items = tuple(_argument(each, paths) for each in value)
-        is_plain = all(isinstance(each, _CONSTANTS) for each in items)
+        is_plain = all(isinstance(each, (*_CONSTANTS, tuple)) for each in items)
         return items if is_plain else NotImplemented
     return value if isinstance(value, _CONSTANTS) else NotImplemented
 
@@ -274,7 +274,7 @@ class _Routing(TorchFunctionMode):
             if isinstance(operand, _Operand) and operand.is_number:
                 inputs.append(value)
             elif not isinstance(operand, _Operand):
-                if isinstance(value, Tensor) or (tuple(value) if isinstance(value, list) else value) != operand:
+                if _argument(value, {}) != operand:
                     return None
             elif operand.path:
                 if attribute_at(self._module, operand.path) is not value:

@@ -42,6 +42,7 @@ def followed_scopes(tracer: Any) -> Iterator[None]:
     - `no_grad` counts; the tracer takes care that nothing inside needs gradients, and then the scope changes nothing.
     - `autocast(enabled=False)` becomes nodes that turn autocast off and on again.
     - Whatever turns gradients or autocast on, or asks for them, depends on the caller's own scopes.
+    - Scopes that set back the generator of random numbers, or choose among kernels of attention, change values.
     """
     with _followed_no_grad(tracer), _followed_autocast(tracer), _rejected(tracer):
         yield
@@ -105,11 +106,12 @@ def _followed_autocast(tracer: Any) -> Iterator[None]:
 def _rejected(tracer: Any) -> Iterator[None]:
     recording = is_recording(tracer)
 
-    def reject(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    def reject(function: Callable[..., Any], reason: str, by_torch: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1)
             # Torch's own layers ask in order to choose between ways to the same values.
-            if not recording() or caller.f_globals.get("__name__", "").partition(".")[0] == "torch":
+            is_torch_s = caller.f_globals.get("__name__", "").partition(".")[0] == "torch"
+            if not recording() or (is_torch_s and not by_torch):
                 return function(*args, **kwargs)
             if caller.f_code.co_name == "maybe_autocast":
                 return True  # transformers asks so as to open no scope where it would change nothing
@@ -117,8 +119,8 @@ def _rejected(tracer: Any) -> Iterator[None]:
 
         return call
 
-    def rejected(owner: Any, name: str, reason: str) -> Any:
-        return replaced(owner, **{name: reject(vars(owner)[name], reason)})
+    def rejected(owner: Any, name: str, reason: str, by_torch: bool = False) -> Any:
+        return replaced(owner, **{name: reject(vars(owner)[name], reason, by_torch)})
 
     asks = "control flow depends on {}, which the caller decides"
     with (
@@ -128,6 +130,10 @@ def _rejected(tracer: Any) -> Iterator[None]:
         rejected(torch.set_grad_enabled, "__init__", "forward sets whether gradients are recorded"),
         rejected(torch.inference_mode, "__enter__", "forward enters inference mode, which no graph does"),
         rejected(torch, "manual_seed", "forward seeds the generator, which no graph does"),
+        rejected(
+            torch, "get_rng_state", "forward keeps the state of the generator, which no graph does", by_torch=True
+        ),
+        rejected(torch.nn.attention, "_sdpa_kernel", "forward chooses kernels of attention, which no graph does", True),
         rejected(torch.autograd, "grad", "forward computes gradients, which no graph does"),
         rejected(torch.autograd, "backward", "forward computes gradients, which no graph does"),
     ):

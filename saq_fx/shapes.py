@@ -313,11 +313,15 @@ def macs_of(node: fx.Node, shapes: NodeShapes) -> int:
 
 
 def _multiplies_by(whole: Measured, single: Measured, batch: int) -> bool:
-    """Whether the MACs of all nodes that do not have the same in both runs are so many times as many in the whole."""
+    """Whether the MACs are so many times as many in the whole, with or without those that are the same in both runs.
+
+    What does not depend on the samples is the same, and so may be what they share out among experts.
+    """
     every, one = _macs_in(whole), _macs_in(single)
-    changed = [node for node in {**every, **one} if every.get(node, 0) != one.get(node, 0)]
-    total = sum(every.get(node, 0) for node in changed)
-    return bool(changed) and total == batch * sum(one.get(node, 0) for node in changed)
+    changed = {node for node in {**every, **one} if every.get(node, 0) != one.get(node, 0)}
+    with_same = (sum(every.values()), sum(one.values()))
+    without = tuple(sum(macs.get(node, 0) for node in changed) for macs in (every, one))
+    return bool(changed) and any(total == batch * of_one for total, of_one in (with_same, without))
 
 
 def _macs_in(run: Measured) -> dict[fx.Node, int]:

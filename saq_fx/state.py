@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.held import (
+    GENERATORS,
     MISSING,
     Snapshot,
     forward_hooks,
@@ -242,7 +243,7 @@ def _is_state(value: Any, is_data: Callable[[fx.Node, bool], bool]) -> bool:
     if proxies:
         # A dictionary of what parameters give is a cache, which a graph computes anew.
         return any(is_data(proxy.node, not isinstance(value, dict)) for proxy in proxies)
-    return is_plain(value)
+    return is_plain(value) or type(value) in GENERATORS
 
 
 def _changes_in_place(node: fx.Node, name: str) -> bool:

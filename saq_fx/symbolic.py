@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
@@ -167,6 +168,8 @@ class SymbolicTracer(GuardedTracer):
             return self._flag_node(a.owner)
         if isinstance(a, np.generic):
             return a.item()
+        if isinstance(a, torch.Generator):
+            raise TracingError("forward draws from a generator that it is not given, which no graph does")
         if kind is OrderedDict:
             items = [(name, self.create_arg(value)) for name, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
@@ -193,7 +196,11 @@ class SymbolicTracer(GuardedTracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Records a leaf, follows any other module as far as it can be followed."""
-        if self._examples.running or m not in self._paths:
+        if self._examples.running:
+            return forward(*args, **kwargs)
+        if m not in self._paths:
+            if any(each is m for each in self.root.modules()) and any(True for _ in m.parameters()):
+                raise TracingError("forward calls a module that it has created itself")
             return forward(*args, **kwargs)
         if has_forward_hooks(m):
             with self._hooks.noted(m, self.path_of_module(m)):
@@ -205,6 +212,8 @@ class SymbolicTracer(GuardedTracer):
             _reject_backward_hooks(m)
             return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
+        if type(m) is nn.MultiheadAttention and not can_open(m):
+            self.untraceable.setdefault(path, "it attends to keys that are not its input's")
         if path in self.untraceable:
             return self._python_leaf(path, args, kwargs)
         last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()
@@ -325,14 +334,28 @@ class SymbolicTracer(GuardedTracer):
         return proxy if self.arguments is None else given(self, proxy, self.arguments.get(name, parameter.default))
 
     def _placeholder(self, name: str, parameter: inspect.Parameter) -> Any:
-        is_required = parameter.default is parameter.empty
-        # The code of a graph has all that have no default in front of those that have.
-        follows_default = any(node.args for node in self.graph.nodes if node.op == "placeholder")
-        default = () if is_required and not follows_default else (None,) if is_required else (parameter.default,)
+        default = default_in_graph(self.graph, parameter)
         proxy = self.create_proxy("placeholder", name, default, {})
         if default == (None,) and self.arguments is not None:
             self.create_node("call_function", require_given, (proxy.node, name), {})
         return proxy
+
+
+def is_plain(default: Any) -> bool:
+    """Whether the code of a graph can have this default of an argument."""
+    if isinstance(default, tuple | list):
+        return all(map(is_plain, default))
+    return isinstance(default, (*_CONSTANTS, torch.dtype))
+
+
+def default_in_graph(graph: fx.Graph, parameter: inspect.Parameter) -> tuple[Any, ...]:
+    """The default of an argument as the next placeholder has it, or none; None stands for one that cannot be left out.
+
+    The code of a graph has all arguments without a default in front of those that have one.
+    """
+    if is_plain(parameter.default):
+        return (parameter.default,)
+    return (None,) if any(node.args for node in graph.nodes if node.op == "placeholder") else ()
 
 
 def _is_without_gradient(value: Any) -> bool:

@@ -22,7 +22,7 @@ from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
 from saq_fx.held import modules_in
 from saq_fx.hooks import HookTables
-from saq_fx.modes import UnmergeableError, add_flags, is_within, merge_modes
+from saq_fx.modes import Merged, UnmergeableError, add_flags, is_within, merge_modes, remove_flags
 from saq_fx.nested import cloned
 from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
@@ -144,22 +144,28 @@ def modes_of(model: nn.Module) -> dict[bool, dict[nn.Module, bool]]:
     modules = modules_in(model)
     if all(type(each).train is nn.Module.train and "train" not in vars(each) for each in modules):
         return {mode: dict.fromkeys(modules, mode) for mode in (True, False)}
-    modes, trainable = [each.training for each in modules], [each.requires_grad for each in model.parameters()]
-    values = [parameter.detach().clone() for parameter in model.parameters()]
-    try:
+    with _unchanged(model):
         found = {}
-        with unmoved(model):
-            for mode in (True, False):
-                model.train(mode)
-                found[mode] = {each: each.training for each in modules}
+        for mode in (True, False):
+            model.train(mode)
+            found[mode] = {each: each.training for each in modules}
         return found
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Within: a model may run in any mode. Afterwards its modes, state and parameters are as before."""
+    modes = {module: module.training for module in modules_in(model)}
+    parameters = [(each, each.requires_grad, each.detach().clone()) for each in model.parameters()]
+    try:
+        with unmoved(model):
+            yield
     finally:
-        for parameter, value in zip(model.parameters(), values, strict=True):
+        for parameter, flag, value in parameters:
             parameter.data.copy_(value)
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        for parameter, flag in zip(model.parameters(), trainable, strict=True):
             parameter.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def frozen_modes(model: nn.Module, modes: Mapping[bool, Mapping[nn.Module, bool]]) -> dict[bool, dict[str, bool]]:
@@ -231,12 +237,63 @@ def _symbolic_graph(
         steering = {place: own.steering.get(place, set()) | other.steering.get(place, set()) for place in places}
         train, evaluation = (own, other) if mode else (other, own)
         try:
-            return merge_modes(model, train.graph, evaluation.graph, steering), leaves
+            merged = merge_modes(model, train.graph, evaluation.graph, steering)
+            _check_unsure(model, merged, arguments.given, modes)
+            return merged.graph, leaves
         except UnmergeableError as error:
             if not error.path or arguments.given is None:
                 place = f"module {error.path or 'the model itself'!r}"
                 raise TracingError(f"{type(model).__name__} cannot be traced symbolically: {place}, {error}") from error
             leaves[error.path] = str(error)
+
+
+def _check_unsure(
+    model: nn.Module,
+    merged: Merged,
+    given: Mapping[str, Any] | None,
+    modes: Mapping[bool, Mapping[nn.Module, bool]],
+) -> None:
+    """Raises UnmergeableError if a node of one mode only does not run on what the other mode gives it."""
+    if given is None:
+        return
+    for mode in {not training for training, _ in merged.unsure.values()}:
+        inputs = [given.get(str(node.target), *node.args) for node in merged.graph.nodes if node.op == "placeholder"]
+        with _unchanged(model), torch.no_grad(), torch.random.fork_rng():
+            for module, flag in modes[mode].items():
+                module.training = flag
+            add_flags(model, merged.graph)
+            try:
+                _Interpreter(model, merged.graph).run(*cloned(inputs))
+            except _FailedError as error:
+                training, place = merged.unsure.get(error.node, (mode, ""))
+                if training != mode:
+                    other = "training" if training else "evaluation"
+                    raise UnmergeableError(place, f"what it does in {other} only fails in the other mode") from error
+            finally:
+                remove_flags(model)
+
+
+class _FailedError(Exception):
+    """A node failed."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(str(node))
+        self.node = node
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph, and says which node fails."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node."""
+        try:
+            return super().run_node(n)
+        except Exception as error:
+            raise _FailedError(n) from error
 
 
 def _run_tracer(model: nn.Module, arguments: _Arguments, leaves: Mapping[str, str]) -> tuple[fx.Graph, dict[str, str]]:

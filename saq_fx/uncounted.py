@@ -119,6 +119,11 @@ def _reason(gm: SaqGraphModule, node: fx.Node, measured: Measured) -> str | None
     is_listed = any(name.startswith(f"{node.target}.") for name, _ in record_of(gm).untraced)
     if is_listed or not (multiplies or has_weights(module)):
         return None
+    return not_in_table(module)
+
+
+def not_in_table(module: nn.Module) -> str:
+    """Why a module that has weights is not quantized."""
     return f"{type(module).__name__} is not in the operator table; it stays in float"
 
 

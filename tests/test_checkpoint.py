@@ -1,11 +1,16 @@
 """Files: what is saved is what is loaded, and everything else is an error that says why."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import saq_fx
 from saq_fx.errors import CheckpointError, PassError
@@ -76,3 +81,44 @@ def test_a_damaged_header_is_named(tmp_path: Path, change: dict[str, str]) -> No
         saq_fx.load(torch.nn.Linear(2, 2), path)
     with pytest.raises(PassError, match="save: this is a Linear, no prepared model"):
         saq_fx.save(torch.nn.Linear(2, 2), path)  # type: ignore[arg-type]
+
+
+class Renamed(nn.Module):
+    """Loads checkpoints of an older version, saves a number more, and counts; `asks` keeps it Python."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.layer, self.asks, self.loads = nn.Linear(3, 3), asks, 0
+        self.register_load_state_dict_pre_hook(self.rename)
+        self.register_load_state_dict_post_hook(self.count)
+        self.register_state_dict_post_hook(self.mark)
+
+    @staticmethod
+    def rename(module: "Renamed", state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}old.")]:
+            state[name.replace(f"{prefix}old.", f"{prefix}layer.")] = state.pop(name)
+        assert state.pop(f"{prefix}version") == module.layer.in_features
+
+    @staticmethod
+    def count(module: "Renamed", missing: Any) -> None:
+        module.loads += 1
+
+    @staticmethod
+    def mark(module: "Renamed", state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        state[f"{prefix}version"] = torch.tensor(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return x * 2 if self.asks and x.sum() > 1e9 else x
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.Sequential(nn.Linear(3, 3), model)])
+def test_what_the_model_does_with_checkpoints(asks: bool, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    x, model, other = torch.randn(2, 3), wrap(Renamed(asks)), wrap(Renamed(asks))
+    gm = saq_fx.prepare_saq(model, example_inputs=x, precision=None)
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    older = {name.replace("layer.", "old."): each for name, each in other.state_dict().items()}
+    for each in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        each.load_state_dict(dict(older))
+        assert torch.equal(each(x), other(x))

@@ -1,6 +1,7 @@
 """Copies of modules against `copy.deepcopy`."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -134,3 +135,31 @@ def test_copies_of_all_models_have_their_attributes(name: str) -> None:
         plain = {key: each for key, each in vars(its).items() if isinstance(each, bool | int | float | str)}
         assert {key: vars(module)[key] for key in plain} == plain
     assert all(torch.equal(*pair) for pair in zip(own.parameters(), expected.parameters(), strict=True))
+
+
+class PassingOff(nn.Module):
+    """A wrapper that has the attributes of what it wraps, and stays Python."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wrapped(x)
+        return x if x.sum() > -1e9 else self.in_features * x
+
+
+def test_wrappers_that_pass_off_attributes_are_copied() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), PassingOff(nn.Linear(4, 4))), torch.randn(2, 4)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    for each in (copy.deepcopy(gm), copy.deepcopy(copy.deepcopy(gm)), pickle.loads(pickle.dumps(gm))):
+        assert each.state_dict().keys() == model.state_dict().keys()
+        assert torch.equal(each(x), model(x))
+        each.get_parameter("1.wrapped.weight").data.zero_()
+    assert torch.equal(gm(x), model(x))

@@ -82,7 +82,7 @@ CASES: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "nested": (from_nested, [(X, {"masks": [None, M]}), (X, {"masks": [X, None]})], []),
     "keys": (by_key, [{"a": X, "b": M}, {"b": X, "a": M}, {"a": X}], []),
     "ends": (ends, [[X, M]], [[X, M, X], [X], (X, M)]),
-    "every": (every, [[X, M], [X], [X, M, X]], []),
+    "every": (every, [[X, M]], [[X], [X, M, X]]),
     "unused keys": (from_dict, [{"x": X, "other": M}], [{"x": X}, {"x": X, "more": None}]),
 }
 

@@ -304,3 +304,31 @@ def test_settings_are_found_in_sets(mode: int) -> None:
     gm = prepare_saq(model, example_inputs=(x, mode), precision=None)
     assert torch.equal(gm(x, mode), model(x, mode))
     assert torch.equal(gm(x[:, :3], mode), model(x[:, :3], mode))
+
+
+class Masking(nn.Module):
+    """Trains some rows of a weight only, by a hook of its gradient; `asks` keeps it Python."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.embedding, self.head, self.asks = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False), asks
+        self.head.weight = self.embedding.weight
+        self.embedding.weight.register_hook(lambda gradient: gradient * (torch.arange(7) > 2)[:, None])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.head(self.embedding(tokens))
+        return x * 2 if self.asks and x.sum() > 1e9 else x
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_hooks_of_gradients_of_parameters_come_along(asks: bool) -> None:
+    model, tokens = Masking(asks), torch.arange(7)[None]
+    for precision in (None, "W4A4"):
+        gm = prepare_saq(model, example_inputs=tokens, precision=precision)
+        for each in (model, gm):
+            each(tokens).square().sum().backward()
+        gradient = gm.get_parameter("embedding.weight").grad
+        assert gradient is not None
+        assert gradient[:3].eq(0).all()
+        assert gradient[3:].ne(0).any()
+        assert precision is not None or torch.equal(gradient, model.embedding.weight.grad)  # type: ignore[arg-type]

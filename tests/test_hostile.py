@@ -360,6 +360,30 @@ class Bare(nn.Module):
         return y
 
 
+class Building(nn.Module):
+    """Makes a layer when it runs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.net: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).mean((2, 3))
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(x.shape[1], 5), nn.ReLU())
+        return self.net(x)
+
+
+def test_layers_that_are_made_when_a_model_runs_first() -> None:
+    model, x = Building(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(TracingError, match=r"^Building creates module 'net' when it runs first: run it once before"):
+        prepare_saq(model, example_inputs=x)
+    assert model.net is None
+    model(x)
+    assert_same(model, prepare_saq(model, example_inputs=x, precision=None), x)
+
+
 def test_refusals_say_what_to_do() -> None:
     x = torch.randn(2, 3, 8, 8)
     with pytest.raises(TracingError) as error:

@@ -54,6 +54,23 @@ class Statistics(Base):
         return self.second(x / self.running)
 
 
+class Unlike(Base):
+    """One operation in both modes, of tensors of other shapes; one mode goes on with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h + x if self.training else h * (self.running + 2.0).view(1, 1, 8)
+        return self.second(h)
+
+
+class Shortened(Base):
+    """A layer takes less in training, which what evaluation does with its output cannot take."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x[:, :2] if self.training else x)
+        return self.second(h if self.training else h.reshape(x.shape).flip(1))
+
+
 class Normalization(nn.Module):
     """A BatchNorm written by hand: other statistics in each mode."""
 
@@ -137,6 +154,7 @@ class Guarded(Base):
 
 SYMBOLIC = (
     InPlace, InPlaceChained, Statistics, Normalized, Codebook, Noise, Dropping, OtherArguments, Arithmetic, Guarded,
+    Unlike,
 )  # fmt: skip
 
 
@@ -187,7 +205,7 @@ class SkippingItem(Base):
         return self.second(x) if self.training and chance.item() < 0.5 else self.second(self.first(x))
 
 
-BY_PARTS = (Swapped, OnlyInEvaluation, Checked, Skipping, SkippingItem)
+BY_PARTS = (Swapped, OnlyInEvaluation, Checked, Skipping, SkippingItem, Shortened)
 
 
 class Around(nn.Module):

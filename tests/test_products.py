@@ -227,3 +227,36 @@ def test_products_of_infinite_masks_stay_in_float(asks: bool) -> None:
     output = gm.train()(x)
     output.square().sum().backward()
     assert all(each.isfinite().all() for each in (output, *(p.grad for p in gm.parameters() if p.grad is not None)))
+
+
+class Recalling(nn.Module):
+    """Adds what it computed last, which must have the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.weight
+        if self.last is not None:
+            x = torch.stack((x, self.last)).sum(0)
+        self.last = x.detach()
+        return x
+
+
+class Asking(nn.Module):
+    """Asks for the number of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.recalling = nn.Linear(6, 6), Recalling()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.recalling(self.first(x.flip(1) if x.shape[0] == 1 else x))
+
+
+def test_a_state_of_python_code_does_not_meet_inputs_of_other_sizes() -> None:
+    report = precision_report(prepare_saq(Asking(), example_inputs=torch.randn(2, 6)))
+    assert report.uncounted == ()
+    assert [row.name for row in report.rows] == ["first", "recalling"]

@@ -99,6 +99,67 @@ def test_other_sizes(body: Body, way: str) -> None:
     assert all(quantized(inputs).isfinite().all() for inputs in OTHERS)
 
 
+class Stepping(nn.Module):
+    """Goes through time, from a state if it is given one; channels are last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        state = torch.zeros_like(x[:, 0]) if state is None else state
+        for step in range(x.size(1)):
+            state = self.b(self.a(x[:, step]) + state).tanh()
+        return state
+
+
+class ChannelsLast(nn.Module):
+    """Pads images to whole windows, with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if x.shape[1] % 2 or x.shape[2] % 2:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        return self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "others"),
+    [
+        (Stepping, [(2, 8, 8), (2, 8)], [(3, 5, 8), (3, 8)]),
+        (Stepping, [(2, 3, 3, 3, 8)], [(1, 4, 3, 3, 8)]),
+        (ChannelsLast, [(2, 4, 4, 8)], [(1, 5, 6, 8)]),
+    ],
+)
+def test_every_axis_may_have_another_size(kind: type[nn.Module], shapes: list[Any], others: list[Any]) -> None:
+    model = kind()
+    gm = prepare_saq(model, example_inputs=tuple(map(torch.randn, shapes)), precision=None)
+    for each in (shapes, others):
+        assert_same(model, gm, tuple(map(torch.randn, each)))
+
+
+class Gathering(nn.Module):
+    """Takes as many sets as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, sets: list[Tensor]) -> Tensor:
+        return torch.stack([self.b(self.a(each).relu().sum(0)) for each in sets])
+
+
+def test_lists_may_have_another_length() -> None:
+    model, sets = Gathering(), [torch.randn(size, 8) for size in (3, 5, 2, 4)]
+    gm = prepare_saq(model, example_inputs=(sets[:2],), precision=None)
+    for each in (sets[:2], sets, sets[:1]):
+        assert_same(model, gm, (each,))
+
+
 class Multiplying(nn.Module):
     """Asks for the length, next to a product of its own."""
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
 
 from saq_fx.annotation import record_of
@@ -417,6 +418,21 @@ def seeding(self: Any, h: Tensor) -> Tensor:
     return h + torch.rand(8)
 
 
+def setting_back(self: Any, h: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        h = h + torch.rand(8)
+    return h + torch.rand(8)
+
+
+def with_own_generator(self: Any, h: Tensor) -> Tensor:
+    return h + torch.rand(8, generator=torch.Generator().manual_seed(1))
+
+
+def choosing_kernels(self: Any, h: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(h, h, h)
+
+
 def counting(self: Any, h: Tensor) -> Tensor:
     self.count += 1
     return h / self.count
@@ -463,6 +479,8 @@ def caching(self: Any, h: Tensor) -> Tensor:
         (Ruled(decaying, factor=torch.ones(8)), "symbolic"),
         (Ruled(penalized), "by parts"),
         (Ruled(seeding), "by parts"),
+        (Ruled(setting_back), "by parts"),
+        (Ruled(with_own_generator), "by parts"),
         (Ruled(view), "symbolic"),
         (Ruled(counting, count=torch.zeros(())), "symbolic"),
         (Ruled(averaging, mean=torch.zeros(8)), "by parts"),
@@ -505,6 +523,41 @@ def test_chance_steers_python(draw: Callable[..., Any]) -> None:
     prepare_saq(Ruled(draw), example_inputs=V)
     assert random.getstate() == before
     assert_captured(Ruled(draw), "by parts", V)
+
+
+def test_kernels_of_attention_that_forward_chooses() -> None:
+    model = Ruled(choosing_kernels)
+    gm = prepare_saq(model, example_inputs=V, precision=None)
+    assert record_of(gm).tracing == "by parts"
+    assert_same_function(model, gm, V)
+
+
+def drawing_from(self: Any, h: Tensor) -> Tensor:
+    return h + torch.rand(8, generator=self.source)
+
+
+def choosing_by(self: Any, h: Tensor) -> Tensor:
+    return h if self.source.random() < 0.5 else -h
+
+
+@pytest.mark.parametrize(
+    ("rule", "make"),
+    [
+        (drawing_from, lambda: torch.Generator().manual_seed(1)),
+        (choosing_by, lambda: random.Random(1)),
+        (choosing_by, lambda: np.random.RandomState(1)),
+        (choosing_by, lambda: np.random.default_rng(1)),
+    ],
+)
+def test_generators_of_the_model_s_own(rule: Any, make: Callable[[], Any]) -> None:
+    model, untouched = Ruled(rule, source=make()), Ruled(rule, source=make())
+    untouched.load_state_dict(model.state_dict())
+    gm = prepare_saq(model, example_inputs=V, precision=None)
+    assert record_of(gm).tracing == "by parts"
+    for _ in range(4):
+        outputs = [each(V) for each in (untouched, model, gm)]
+        assert torch.equal(outputs[1], outputs[0])
+        assert torch.equal(outputs[2], outputs[0])
 
 
 class Unmoving(nn.Module):
@@ -617,12 +670,35 @@ def test_models_in_other_states() -> None:
     gm = prepare_saq(torch.compile(model, backend="eager"), example_inputs=V, precision=None)  # type: ignore[arg-type]
     assert list(gm.state_dict()) == list(model.state_dict())
     assert torch.equal(gm(V), model(V))
-    with pytest.raises(TracingError, match=r"^module '0' of Sequential is compiled: put its \._orig_mod"):
-        prepare_saq(nn.Sequential(torch.compile(model, backend="eager")), example_inputs=V)  # type: ignore[arg-type]
     with torch.inference_mode():
         gm = prepare_saq(model, example_inputs=V.clone())
     gm(V).sum().backward()
     assert all(each.grad is not None for each in gm.parameters())
+
+
+class Compiled(Pair):
+    """Has a compiled part, known by two names; `asks` keeps it Python."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.a = torch.compile(nn.Linear(8, 8), backend="eager")  # type: ignore[assignment]
+        self.known, self.asks = [self.a], asks
+
+    def between(self, h: Tensor) -> Tensor:
+        h = self.known[0](h) + self.a.weight.sum()
+        return h * 2 if self.asks and h.sum() > 1e9 else h
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("asks", [False, True])
+def test_compiled_parts_are_as_if_they_were_not(asks: bool) -> None:
+    model = Compiled(asks)
+    gm = prepare_saq(model, example_inputs=V, precision=None)
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    for each in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert_same_function(model, each, V)
+    quantized = prepare_saq(model, example_inputs=V)
+    assert {layer.weight for _, layer in layers(quantized)} == {"a._orig_mod.weight", "b.weight"}
 
 
 def test_pruned_models() -> None:

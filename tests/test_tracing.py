@@ -86,6 +86,29 @@ def test_unused_arguments_are_fixed_and_guarded() -> None:
     assert torch.equal(masked(x=x, mask=torch.ones(3)), x)
 
 
+ONES = torch.ones(8)
+
+
+class Biased(nn.Module):
+    """Has defaults that no code of a graph can hold; `asks` keeps it Python."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.layer, self.asks = nn.Linear(8, 8), asks
+
+    def forward(self, x: Tensor, bias: Tensor = ONES, scale: float = 2.0, shift: Tensor = ONES) -> Tensor:
+        x = self.layer(x) * scale + bias - shift
+        return x if not self.asks or x.sum() > -1e9 else x.relu()
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_defaults_that_are_tensors(asks: bool) -> None:
+    model, x, others = Biased(asks), torch.randn(2, 8), torch.randn(2, 8)
+    for given in ({}, {"bias": others[0]}, {"shift": others[1]}, {"bias": others[0], "scale": 3.0, "shift": others[1]}):
+        gm = prepare_saq(model, example_inputs={"x": x, **given}, precision=None)
+        assert torch.equal(gm(x=x, **given), model(x, **given))
+
+
 class Sized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] > 2:

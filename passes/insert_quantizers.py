@@ -122,7 +122,7 @@ def _insert_both(site: _Site, factory: _Factory) -> bool:
 
 
 def _signed_overrides(annotations: list[LayerAnnotation], recipe: Recipe) -> dict[str, bool]:
-    keys = [LayerKey(layer.name, layer.op, layer.module_classes) for layer in annotations]
+    keys = [LayerKey(layer.name, layer.op, layer.module_classes) for layer in annotations if recipe.signed]
     overrides = {}
     for pattern, signed in recipe.signed.items():
         matched = [key.name for key in keys if key.name == pattern or key.matches(pattern)]

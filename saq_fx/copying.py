@@ -91,11 +91,8 @@ def _copy(value: Any, memo: _Memo) -> Any:
         return _copy_tensor(value, memo)
     if type(value) is FunctionType:
         return _copy_function(value, memo)
-    if isinstance(value, nn.Parameter) and value._backward_hooks and id(value) not in memo:
-        parameter = copy.deepcopy(value, memo)
-        for hook in value._backward_hooks.values():
-            parameter.register_hook(hook)  # type: ignore[no-untyped-call]
-        return parameter
+    if isinstance(value, nn.Parameter):
+        return _copy_parameter(value, memo)
     if type(value) in (list, dict) and id(value) not in memo:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         functions = {key: each for key, each in items if type(each) is FunctionType}
@@ -116,6 +113,16 @@ def _copy_tensor(tensor: Tensor, memo: Any) -> Tensor:
         return copy.deepcopy(tensor, memo)
     own = memo[id(tensor)] = tensor.clone()
     copies[memory._cdata] = own.untyped_storage()  # where torch looks for it: other tensors may share it
+    return own
+
+
+def _copy_parameter(parameter: nn.Parameter, memo: _Memo) -> nn.Parameter:
+    """As `copy.deepcopy`, with the hooks of its gradient."""
+    if id(parameter) in memo:
+        return cast("nn.Parameter", memo[id(parameter)])
+    own = parameter.__deepcopy__(memo)
+    for hook in (parameter._backward_hooks or {}).values():
+        own.register_hook(hook)
     return own
 
 

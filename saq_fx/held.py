@@ -45,8 +45,11 @@ class Snapshot:
         self._all = list(held.values())
         self.values = {name: value for name, value in held.items() if name not in STRUCTURE}
         self._contents: dict[str, list[tuple[Any, Any]]] = {}
-        self._drawn_from = {name: GENERATORS[type(v)][0](v) for name, v in self.values.items() if type(v) in GENERATORS}
-        for name, value in self.values.items():
+        mutable = [(name, value) for name, value in self.values.items() if type(value) not in PLAIN_TYPES]
+        self._drawn_from = {
+            name: GENERATORS[type(value)][0](value) for name, value in mutable if type(value) in GENERATORS
+        }
+        for name, value in mutable:
             if type(value) in _CONTAINERS or (type(value) is tuple and not is_immutable(value)):
                 contents = [(each, each.copy()) for each in _walk([value]) if type(each) in _CONTAINERS]
                 if contents:

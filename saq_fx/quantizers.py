@@ -39,18 +39,21 @@ class Quantizer(nn.Module):
 
     Args:
         bits: 2 to 8, or 32 for the identity.
+        constants: attributes of the subclass that are numbers or flags.
 
     Raises:
         PrecisionError: other bits.
     """
 
+    bits: int
     signed: bool
     initialized = False
     smallest_level: Tensor
 
-    def __init__(self, bits: int, level: Tensor) -> None:
+    def __init__(self, bits: int, level: Tensor, **constants: Any) -> None:
         super().__init__()
-        self.bits = _checked_bits(bits)
+        # Not one by one: a module looks through all its tables for each attribute that is set.
+        vars(self).update(bits=_checked_bits(bits), **constants)
         self.register_buffer("smallest_level", torch.zeros_like(level))
 
     @property
@@ -145,6 +148,8 @@ class ClipWeightQuantizer(Quantizer):
     """
 
     signed = True
+    channel_axis: int
+    normalize: bool
 
     def __init__(
         self,
@@ -157,8 +162,7 @@ class ClipWeightQuantizer(Quantizer):
         dtype: torch.dtype | None = None,
     ) -> None:
         level = _ones(channels, device, dtype)
-        super().__init__(bits, level)
-        self.channel_axis, self.normalize = channel_axis, normalize
+        super().__init__(bits, level, channel_axis=channel_axis, normalize=normalize)
         self.clipping_level = nn.Parameter(level)
 
     @property
@@ -229,6 +233,8 @@ class ClipActivationQuantizer(Quantizer):
 class StepQuantizer(Quantizer):
     """LSQ, or LSQ+ with an offset: one step, or one per output channel."""
 
+    channel_axis: int
+
     def __init__(
         self,
         bits: int,
@@ -241,8 +247,7 @@ class StepQuantizer(Quantizer):
         dtype: torch.dtype | None = None,
     ) -> None:
         level = _ones(channels, device, dtype)
-        super().__init__(bits, level)
-        self.signed, self.channel_axis = signed, channel_axis
+        super().__init__(bits, level, signed=signed, channel_axis=channel_axis)
         self.step = nn.Parameter(level)
         self.offset = nn.Parameter(torch.zeros_like(level)) if offset else None
 
@@ -343,7 +348,7 @@ def _set_levels(quantizers: list[Quantizer], values: Sequence[Tensor]) -> None:
         sources += torch.split(each.flatten(), counts)
     torch._foreach_copy_(targets, sources)
     for quantizer in quantizers:
-        quantizer.initialized = quantizer.bits != FLOAT_BITS
+        vars(quantizer)["initialized"] = quantizer.bits != FLOAT_BITS
 
 
 def _checked_bits(bits: int) -> int:

@@ -236,6 +236,17 @@ def _run(
     measured = Measured()
 
     def run(part: SaqGraphModule, node: fx.Node, values: Mapping[fx.Node, Any], compute: Callable[[], Any]) -> Any:
+        value = compute() if node.op == "get_attr" else compute_watched(part, node, values, compute)
+        if isinstance(value, Tensor):
+            measured.shapes.setdefault(node, []).append(tuple(value.shape))
+            unfit = unfit_type(value)
+            if unfit is not None:
+                measured.unfit[node] = unfit
+        return value
+
+    def compute_watched(
+        part: SaqGraphModule, node: fx.Node, values: Mapping[fx.Node, Any], compute: Callable[[], Any]
+    ) -> Any:
         for position, observer in observers.get(node, {}).items():
             operand = values[node.args[position]]  # type: ignore[index]
             if isinstance(operand, Tensor) and unfit_type(operand) is None:
@@ -243,17 +254,11 @@ def _run(
         for each in operands_of(node):
             if each.op != "get_attr" and is_mask(values[each]):
                 measured.unfit[each] = "infinite mask"
-        if watch(part, node):
-            with MacCounter() as counter:
-                value = compute()
-            measured.macs[node] = measured.macs.get(node, 0) + counter.macs
-        else:
+        if not watch(part, node):
+            return compute()
+        with MacCounter() as counter:
             value = compute()
-        if isinstance(value, Tensor):
-            measured.shapes.setdefault(node, []).append(tuple(value.shape))
-            unfit = unfit_type(value)
-            if unfit is not None:
-                measured.unfit[node] = unfit
+        measured.macs[node] = measured.macs.get(node, 0) + counter.macs
         return value
 
     bind_inputs(gm, args, kwargs)

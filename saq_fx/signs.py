@@ -76,6 +76,8 @@ def has_nonnegative_values(gm: nn.Module) -> set[fx.Node]:
     nonnegative: set[fx.Node] = set()
     memory: SharedMemory | None = None
     for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
         written = written_by(gm, node)
         if written and not _is_nonnegative(gm, node, nonnegative, written):
             memory = memory or SharedMemory(gm)

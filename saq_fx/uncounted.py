@@ -76,6 +76,8 @@ def uncounted_in(gm: SaqGraphModule, path: str, measured: Measured) -> Iterator[
     parts, untraced = parts_of(gm), list(record_of(gm).untraced)
     in_python = 0
     for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            continue
         if held := held_by(node, parts):
             if node in measured.macs:
                 in_python += measured.macs[node] - sum(_macs_of_graph(parts[each], measured) for each in held)

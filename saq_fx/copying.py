@@ -120,9 +120,9 @@ def _copy_parameter(parameter: nn.Parameter, memo: _Memo) -> nn.Parameter:
     """As `copy.deepcopy`, with the hooks of its gradient."""
     if id(parameter) in memo:
         return cast("nn.Parameter", memo[id(parameter)])
-    own = parameter.__deepcopy__(memo)
+    own: nn.Parameter = parameter.__deepcopy__(memo)  # type: ignore[no-untyped-call]
     for hook in (parameter._backward_hooks or {}).values():
-        own.register_hook(hook)
+        own.register_hook(hook)  # type: ignore[no-untyped-call]
     return own
 
 

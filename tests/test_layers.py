@@ -15,8 +15,8 @@ LAYERS = {
     "distillation gradients nested mac_counter",
     1: "alignment annotation attention bytecode capture checkpoint_hooks compiled copying dataflow eager effects "
     "example_values exported given graph guards held hooks modes mutation operation_names operators parametrized "
-    "pass_base patching pickling places products proxies recording resizing rewriting runtime scopes shapes signs "
-    "state symbolic tracing uncounted",
+    "parts pass_base patching pickling places products proxies recording resizing rewriting runtime scopes shapes "
+    "signs state symbolic tracing uncounted",
     2: "cost choices report resume two_passes",
     3: "training step ascent_step",
     4: "__init__ prepare search search_result baselines checkpoint data models networks plots cli demo image_task "

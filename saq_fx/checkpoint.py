@@ -38,10 +38,17 @@ def save(gm: SaqGraphModule, path: str | os.PathLike[str]) -> None:
 
     Raises:
         PassError: the graph has no quantizers.
+        CheckpointError: the model has state that is no tensor.
     """
     check_facts(gm, frozenset({"quantizers"}), "save")
-    recipe = record_of(gm).recipe or Recipe()
-    tensors, aliases = _without_aliases(gm.state_dict())
+    recipe, state = record_of(gm).recipe or Recipe(), gm.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name} is of type {type(value).__name__}, and this file holds tensors only: have get_extra_state "
+                "return a tensor, or keep gm.state_dict() by torch.save"
+            )
+    tensors, aliases = _without_aliases(state)
     header = {
         "format": _FORMAT,
         "version": str(_VERSION),

@@ -27,11 +27,29 @@ class _Hook:
         return self._hook(self._module, *args)
 
 
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _save_extra_state(module: nn.Module, graph: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not _has_extra_state(graph):  # a part has the class of its module
+        state[f"{prefix}_extra_state"] = module.get_extra_state()
+
+
+def _load_extra_state(module: nn.Module, graph: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    key = f"{prefix}_extra_state"
+    if key in state and not _has_extra_state(graph):
+        module.set_extra_state(state.pop(key))
+
+
 def take(gm: nn.Module, module: nn.Module) -> None:
-    """Has a graph, or a module in one, do with checkpoints what a module does (older names, other layouts).
+    """Has a graph, or a module in one, do with checkpoints what a module does (older names, other layouts, more state).
 
     But for functions inside functions, such as weight_norm's, with which it would not pickle.
     """
+    if _has_extra_state(module):
+        gm.register_state_dict_post_hook(partial(_save_extra_state, module))
+        gm.register_load_state_dict_pre_hook(partial(_load_extra_state, module))
     for table in TABLES:
         for key, hook in vars(module)[table].items():
             is_wrapped = isinstance(hook, _WrappedHook)

@@ -122,3 +122,52 @@ def test_what_the_model_does_with_checkpoints(asks: bool, wrap: Callable[[nn.Mod
     for each in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
         each.load_state_dict(dict(older))
         assert torch.equal(each(x), other(x))
+
+
+class Stateful(nn.Module):
+    """Keeps a number in checkpoints that is no tensor there; `asks` keeps it Python."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.layer, self.asks, self.seen = nn.Linear(3, 3), asks, 1
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return x * 2 if self.asks and x.sum() > 1e9 else torch.relu(x)
+
+
+class Asking(nn.Module):
+    """Python code, of which the module in it is a part."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return self.head(x) if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [(lambda model: model, ""), (lambda model: nn.Sequential(model), "0."), (Asking, "inner.")],
+)
+def test_extra_state_is_in_checkpoints(
+    wrap: Callable[[nn.Module], nn.Module], prefix: str, asks: bool, tmp_path: Path
+) -> None:
+    x, key, model = torch.randn(2, 3), f"{prefix}_extra_state", wrap(Stateful(asks))
+    gm = saq_fx.prepare_saq(model, example_inputs=x, precision=None)
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    gm.load_state_dict({**model.state_dict(), key: {"seen": 5}})
+    copied = pickle.loads(pickle.dumps(gm))
+    copied.load_state_dict(model.state_dict())
+    assert [each.state_dict()[key] for each in (gm, copied, model)] == [{"seen": 5}, {"seen": 1}, {"seen": 1}]
+    with pytest.raises(CheckpointError, match=rf"{key} is of type dict, .*: have get_extra_state return a tensor"):
+        saq_fx.save(saq_fx.prepare_saq(model, example_inputs=x), tmp_path / "model.safetensors")

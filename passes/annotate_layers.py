@@ -20,12 +20,12 @@ from saq_fx.annotation import (
 from saq_fx.dataflow import depends_on_inputs, is_raw_input, reachable, tensor_at
 from saq_fx.fitting import Observed, Observer
 from saq_fx.graph import SaqGraphModule, graphs, held_by, parts_of
+from saq_fx.inputs import ExampleInputs
 from saq_fx.operators import Operator, operator_of
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.products import CALLER
 from saq_fx.shapes import Measured, NodeShapes, arguments_in, macs_of, measure
 from saq_fx.signs import has_nonnegative_values
-from saq_fx.tracing import ExampleInputs
 from saq_fx.uncounted import may_multiply, problem_of, uncounted_in
 
 

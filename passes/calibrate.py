@@ -8,12 +8,12 @@ from saq_fx.annotation import record_of
 from saq_fx.errors import CalibrationError
 from saq_fx.fitting import Observer
 from saq_fx.graph import SaqGraphModule
+from saq_fx.inputs import ExampleInputs, split_inputs
 from saq_fx.nested import cloned
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.quantizers import NOT_FINITE, Quantizer, initialize_all
 from saq_fx.recipe import Recipe
 from saq_fx.shapes import interpreted, replaced_forwards, without_trace
-from saq_fx.tracing import ExampleInputs, split_inputs
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from saq_fx.errors import CalibrationError, PassError
 from saq_fx.graph import SaqGraphModule, graphs
+from saq_fx.inputs import ExampleInputs, split_inputs
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.shapes import evaluating
 from saq_fx.sharpness import Buffers
-from saq_fx.tracing import ExampleInputs, split_inputs
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from torch import Tensor
 from saq_fx.choices import ExpectedShares, choices, weight_mixtures
 from saq_fx.errors import PassError, PrecisionError, TrainingError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.inputs import Batch, ExampleInputs, split_batch, split_inputs
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.nested import map_tensors
 from saq_fx.pass_base import Pass, PassResult
 from saq_fx.precision import Budget
 from saq_fx.resume import Generators, load_state, save_state
 from saq_fx.sharpness import curvature
-from saq_fx.tracing import Batch, ExampleInputs, split_batch, split_inputs
 from saq_fx.two_passes import TwoPasses
 
 LossFunction = Callable[[Any, Any], Tensor]

@@ -23,6 +23,7 @@ from saq_fx.annotation import record_of
 from saq_fx.distillation import distillation_loss
 from saq_fx.errors import CheckpointError, MissingExtraError, TrainingError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.inputs import Batch, ExampleInputs, split_batch, split_inputs
 from saq_fx.parameters import parameter_groups
 from saq_fx.pass_base import FACTS, Pass, PassResult, Pipeline, check_facts
 from saq_fx.passes.insert_perturbations import RemovePerturbations
@@ -32,7 +33,6 @@ from saq_fx.quantizers import Quantizer
 from saq_fx.report import precision_report
 from saq_fx.resume import Generators, differences
 from saq_fx.shapes import evaluating
-from saq_fx.tracing import Batch, ExampleInputs, split_batch, split_inputs
 from saq_fx.training import SAQ
 from saq_fx.training_recipe import TrainingRecipe
 

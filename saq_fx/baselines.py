@@ -10,13 +10,13 @@ from torch import Tensor
 
 from saq_fx.errors import TrainingError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.inputs import Batch, split_batch, split_inputs
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.passes.relax_precision import CANDIDATES
 from saq_fx.passes.search_asga import LossFunction
 from saq_fx.search import Candidates, SearchSpace, relaxation
 from saq_fx.search_result import Budgets, SearchResult
 from saq_fx.shapes import evaluating
-from saq_fx.tracing import Batch, split_batch, split_inputs
 
 _USED = 0.95  # of a budget: more bits than that are left to chance
 

@@ -24,6 +24,7 @@ from saq_fx.eager import run_eagerly
 from saq_fx.errors import TracingError
 from saq_fx.exported import from_exported
 from saq_fx.graph import SaqGraphModule
+from saq_fx.inputs import ExampleInputs, Inputs, bound_arguments, default_in_graph, is_plain, split_inputs
 from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.parts import ReachingError, capture_parts
@@ -33,17 +34,8 @@ from saq_fx.recording import Calls
 from saq_fx.resizing import refusing_modules
 from saq_fx.runtime import require_given
 from saq_fx.shapes import interpreted, without_trace
-from saq_fx.symbolic import default_in_graph, is_plain, overrides_call
-from saq_fx.tracing import (
-    ExampleInputs,
-    Inputs,
-    bound_arguments,
-    frozen_modes,
-    modes_of,
-    split_inputs,
-    trace,
-    trace_symbolically,
-)
+from saq_fx.symbolic import overrides_call
+from saq_fx.tracing import frozen_modes, modes_of, trace, trace_symbolically
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:

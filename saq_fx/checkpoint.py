@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from saq_fx.annotation import record_of
 from saq_fx.errors import CheckpointError, PatternError, PrecisionError
 from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.inputs import ExampleInputs
 from saq_fx.pass_base import check_facts
 from saq_fx.precision import Policy, write_whole
 from saq_fx.prepare import prepare_saq
 from saq_fx.recipe import Recipe
-from saq_fx.tracing import ExampleInputs
 
 _FORMAT = "saq_fx"
 _VERSION = 1

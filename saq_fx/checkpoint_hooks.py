@@ -48,8 +48,8 @@ def take(gm: nn.Module, module: nn.Module) -> None:
     But for functions inside functions, such as weight_norm's, with which it would not pickle.
     """
     if _has_extra_state(module):
-        gm.register_state_dict_post_hook(partial(_save_extra_state, module))
-        gm.register_load_state_dict_pre_hook(partial(_load_extra_state, module))
+        gm.register_state_dict_post_hook(partial(_save_extra_state, module))  # type: ignore[no-untyped-call]
+        gm.register_load_state_dict_pre_hook(partial(_load_extra_state, module))  # type: ignore[no-untyped-call]
     for table in TABLES:
         for key, hook in vars(module)[table].items():
             is_wrapped = isinstance(hook, _WrappedHook)

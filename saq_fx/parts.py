@@ -12,6 +12,7 @@ from saq_fx.eager import without_fused_layers
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
 from saq_fx.held import replace_references
+from saq_fx.inputs import Inputs
 from saq_fx.modes import remove_flags
 from saq_fx.nested import cloned
 from saq_fx.operators import operator_of
@@ -19,7 +20,7 @@ from saq_fx.places import place_and_cause
 from saq_fx.products import Product, add_products
 from saq_fx.recording import INPUT, CallRecorder, Calls
 from saq_fx.shapes import does_not_run, without_trace
-from saq_fx.tracing import Inputs, modes_of
+from saq_fx.tracing import modes_of
 from saq_fx.uncounted import has_weights, not_in_table
 
 Capture = Callable[[nn.Module, Calls], SaqGraphModule]

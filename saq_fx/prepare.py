@@ -15,6 +15,7 @@ from saq_fx.errors import CalibrationError, PassError, PrecisionError, SaqError,
 from saq_fx.fitting import Observed
 from saq_fx.graph import SaqGraphModule, layers
 from saq_fx.hooks import preserve_hooks
+from saq_fx.inputs import ExampleInputs, split_inputs
 from saq_fx.pass_base import Pipeline, check_facts
 from saq_fx.passes.annotate_layers import AnnotateLayers
 from saq_fx.passes.assign_precision import AssignPrecision
@@ -29,7 +30,6 @@ from saq_fx.precision import Policy, Precision
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
 from saq_fx.shapes import does_not_run, failure_of
-from saq_fx.tracing import ExampleInputs, split_inputs
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from saq_fx.annotation import owner_path
 from saq_fx.errors import TracingError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.inputs import Inputs
 from saq_fx.nested import cloned, map_tensors, tensors_in
 from saq_fx.runtime import require_same_path
 from saq_fx.shapes import bind_inputs, failure_of, interpreted, without_trace
-from saq_fx.tracing import Inputs
 
 _SAMPLES: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 1)
 _LONGER: tuple[Callable[[int], int], ...] = (lambda size: size * 3 // 2, lambda size: 2 * size, lambda size: size + 1)

@@ -13,12 +13,12 @@ from saq_fx.choices import choices
 from saq_fx.cost import cost_table
 from saq_fx.errors import PrecisionError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.inputs import Batch
 from saq_fx.pass_base import Pipeline, check_facts
 from saq_fx.passes.relax_precision import CANDIDATES, OPERANDS, RelaxPrecision, searchable_groups
 from saq_fx.passes.search_asga import LossFunction, SearchAsga, SearchStep
 from saq_fx.precision import Budget
 from saq_fx.search_result import Budgets, ScoredChoice, SearchResult
-from saq_fx.tracing import Batch
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from saq_fx.example_values import evaluation_flags
 from saq_fx.fitting import Observer
 from saq_fx.graph import SaqGraphModule, attribute_at, call_arguments, called_module, graphs
 from saq_fx.held import modules_in
+from saq_fx.inputs import ExampleInputs, Inputs, split_inputs
 from saq_fx.mac_counter import MacCounter
 from saq_fx.mutation import written_parameters
 from saq_fx.nested import cloned, map_tensors, tensors_in
 from saq_fx.operators import operands_of, operator_of
 from saq_fx.state import runs_python, unmoved
-from saq_fx.tracing import ExampleInputs, Inputs, split_inputs
 
 NodeShapes = dict[fx.Node, list[Shape]]
 Watch = Callable[[SaqGraphModule, fx.Node], bool]

@@ -20,6 +20,7 @@ from saq_fx.given import given
 from saq_fx.guards import GuardedTracer
 from saq_fx.held import has_forward_hooks, holds_modules, modules_in
 from saq_fx.hooks import HookCalls, preserve_hook_state
+from saq_fx.inputs import default_in_graph
 from saq_fx.modes import flag_path
 from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched, telling_types
@@ -339,23 +340,6 @@ class SymbolicTracer(GuardedTracer):
         if default == (None,) and self.arguments is not None:
             self.create_node("call_function", require_given, (proxy.node, name), {})
         return proxy
-
-
-def is_plain(default: Any) -> bool:
-    """Whether the code of a graph can have this default of an argument."""
-    if isinstance(default, tuple | list):
-        return all(map(is_plain, default))
-    return isinstance(default, (*_CONSTANTS, torch.dtype))
-
-
-def default_in_graph(graph: fx.Graph, parameter: inspect.Parameter) -> tuple[Any, ...]:
-    """The default of an argument as the next placeholder has it, or none; None stands for one that cannot be left out.
-
-    The code of a graph has all arguments without a default in front of those that have one.
-    """
-    if is_plain(parameter.default):
-        return (parameter.default,)
-    return (None,) if any(node.args for node in graph.nodes if node.op == "placeholder") else ()
 
 
 def _is_without_gradient(value: Any) -> bool:

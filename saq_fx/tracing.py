@@ -5,8 +5,7 @@ tracing, by a marker: where the flag is passed on to a function it becomes a nod
 where it steers an `if`, the model is traced in both modes and the two graphs are merged (`saq_fx.modes`).
 """
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,11 +16,12 @@ from torch import fx, nn
 
 from saq_fx.annotation import copy_record, update_record
 from saq_fx.copying import copied
-from saq_fx.errors import TracingError, TrainingError
+from saq_fx.errors import TracingError
 from saq_fx.example_values import evaluation_flags
 from saq_fx.graph import SaqGraphModule
 from saq_fx.held import modules_in
 from saq_fx.hooks import HookTables
+from saq_fx.inputs import Arguments, ExampleInputs, Inputs, arguments_of, split_inputs
 from saq_fx.modes import Merged, UnmergeableError, add_flags, is_within, merge_modes, remove_flags
 from saq_fx.nested import cloned
 from saq_fx.places import place_and_cause
@@ -29,29 +29,6 @@ from saq_fx.proxies import TrainingMarker
 from saq_fx.sharpness import preserve_buffers
 from saq_fx.state import Kept, forgotten, unmoved
 from saq_fx.symbolic import SymbolicTracer
-
-ExampleInputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-Batch = tuple[ExampleInputs, Any]
-
-
-def split_inputs(example_inputs: ExampleInputs) -> Inputs:
-    """Example inputs as (positional, keyword) arguments: a tensor, a sequence of positionals or a dict of keywords."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-def split_batch(batch: Any) -> Batch:
-    """A batch as (inputs, targets); raises TrainingError for anything but a pair."""
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        found = f"{len(batch)} of them" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise TrainingError(
-            f"batches must give pairs (inputs, targets), not {found}: wrap the loader, or its collate_fn"
-        )
-    return batch[0], batch[1]
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> SaqGraphModule:
@@ -81,7 +58,7 @@ def trace_symbolically(
     Raises:
         TracingError: naming the module and the source line that symbolic tracing cannot follow.
     """
-    arguments, modes = _arguments(model, inputs), modes_of(model)
+    arguments, modes = arguments_of(model, inputs), modes_of(model)
     frozen = frozen_modes(model, modes)
     graph, untraceable = _symbolic_graph(model, arguments, modes, leaves)
     add_flags(model, graph)
@@ -89,48 +66,6 @@ def trace_symbolically(
     gm.keep_modes(frozen)
     update_record(gm, tracing="symbolic")
     return gm, untraceable
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """How `forward` is called: example values by name (None: no examples), and what is left at its default.
-
-    So many of the examples as `positional` says are passed by position.
-    """
-
-    given: dict[str, Any] | None
-    fixed: dict[str, Any]
-    positional: int
-    inputs: Inputs | None
-
-    def tracer(self, leaves: Mapping[str, str], forgotten: Kept) -> SymbolicTracer:
-        """What records such a call."""
-        return SymbolicTracer(self.given, self.fixed, self.positional, leaves, forgotten)
-
-
-def bound_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Inputs by the names that `forward` gives them; raises TracingError where it takes none such."""
-    signature, (args, kwargs) = inspect.signature(model.forward), inputs
-    try:
-        return dict(signature.bind_partial(*args, **kwargs).arguments)
-    except TypeError as error:
-        raise TracingError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
-
-
-def _arguments(model: nn.Module, inputs: Inputs | None) -> _Arguments:
-    signature = inspect.signature(model.forward)
-    given: dict[str, Any] | None = None
-    if inputs is not None:
-        given = bound_arguments(model, inputs)
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                given |= given.pop(name, {})
-    fixed = {
-        name: parameter.default
-        for name, parameter in signature.parameters.items()
-        if parameter.default is not parameter.empty and name not in (given or {})
-    }
-    return _Arguments(given, fixed, _required_arguments(model) if inputs is None else len(inputs[0]), inputs)
 
 
 def _call_once(model: nn.Module, inputs: Inputs) -> None:
@@ -175,11 +110,6 @@ def frozen_modes(model: nn.Module, modes: Mapping[bool, Mapping[nn.Module, bool]
     return {mode: {path: not mode for path, each in paths if modes[mode][each] != mode} for mode in modes}
 
 
-def _required_arguments(model: nn.Module) -> int:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return sum(each.kind is not each.KEYWORD_ONLY and each.default is each.empty for each in parameters)
-
-
 @contextmanager
 def _marked_training(model: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterator[list[TrainingMarker]]:
     """Within: every `training` flag is a marker of the module's mode. Afterwards all is as it was."""
@@ -206,7 +136,7 @@ class _Trace:
 
 
 def _trace_in_mode(
-    model: nn.Module, arguments: _Arguments, leaves: Mapping[str, str], modes: Mapping[nn.Module, bool]
+    model: nn.Module, arguments: Arguments, leaves: Mapping[str, str], modes: Mapping[nn.Module, bool]
 ) -> _Trace:
     with _marked_training(model, modes) as markers:
         graph, untraceable = _run_tracer(model, arguments, leaves)
@@ -220,7 +150,7 @@ def _trace_in_mode(
 
 def _symbolic_graph(
     model: nn.Module,
-    arguments: _Arguments,
+    arguments: Arguments,
     modes: Mapping[bool, Mapping[nn.Module, bool]],
     known_leaves: Mapping[str, str],
 ) -> tuple[fx.Graph, dict[str, str]]:
@@ -296,8 +226,12 @@ class _Interpreter(fx.Interpreter):
             raise _FailedError(n) from error
 
 
-def _run_tracer(model: nn.Module, arguments: _Arguments, leaves: Mapping[str, str]) -> tuple[fx.Graph, dict[str, str]]:
-    tracer, hooks = arguments.tracer(leaves, {}), HookTables(model)
+def _tracer(arguments: Arguments, leaves: Mapping[str, str], forgotten: Kept) -> SymbolicTracer:
+    return SymbolicTracer(arguments.given, arguments.fixed, arguments.positional, leaves, forgotten)
+
+
+def _run_tracer(model: nn.Module, arguments: Arguments, leaves: Mapping[str, str]) -> tuple[fx.Graph, dict[str, str]]:
+    tracer, hooks = _tracer(arguments, leaves, {}), HookTables(model)
     try:
         try:
             graph = tracer.trace(model)
@@ -309,7 +243,7 @@ def _run_tracer(model: nn.Module, arguments: _Arguments, leaves: Mapping[str, st
                 if arguments.inputs is not None:
                     _call_once(model, arguments.inputs)
         if installs and arguments.inputs is not None:
-            tracer = arguments.tracer(leaves, {})
+            tracer = _tracer(arguments, leaves, {})
             graph = tracer.trace(model)
         if "" in tracer.outside_of_graphs:
             raise TracingError(tracer.outside_of_graphs[""])
@@ -321,7 +255,7 @@ def _run_tracer(model: nn.Module, arguments: _Arguments, leaves: Mapping[str, st
         if tracer.kept:
             # Once more, to see whether forward reads what it keeps, or only writes it.
             with forgotten(tracer.kept):
-                tracer = arguments.tracer(leaves, tracer.kept)
+                tracer = _tracer(arguments, leaves, tracer.kept)
                 graph = tracer.trace(model)
         return graph, tracer.untraceable
     except Exception as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import saq_fx
 from saq_fx.errors import CheckpointError, PassError
 from saq_fx.graph import layers
-from saq_fx.tracing import split_inputs
+from saq_fx.inputs import split_inputs
 from tests.test_prepare import tensors
 from tests.zoo import ZOO
 

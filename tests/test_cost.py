@@ -28,11 +28,11 @@ from saq_fx.cost import (
 )
 from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PassError, PatternError
 from saq_fx.graph import SaqGraphModule
+from saq_fx.inputs import split_inputs
 from saq_fx.precision import Budget, Precision
 from saq_fx.prepare import prepare_saq
 from saq_fx.recipe import Recipe
 from saq_fx.shapes import interpreted
-from saq_fx.tracing import split_inputs
 from tests.zoo import ZOO
 
 W2A2, W4A4, W8A8 = (Precision(bits, bits) for bits in (2, 4, 8))

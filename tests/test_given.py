@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from saq_fx.errors import TracingError
+from saq_fx.inputs import split_inputs
 from saq_fx.prepare import prepare_saq
-from saq_fx.tracing import split_inputs
 from tests.test_prepare import assert_same_function
 
 X, M = torch.linspace(-1, 1, 12).reshape(3, 4), torch.linspace(0, 1, 12).reshape(3, 4)

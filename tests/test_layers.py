@@ -14,9 +14,9 @@ LAYERS = {
     "knapsack_core knapsack_join knapsack_search batching parallel parameters training_recipe direction "
     "distillation gradients nested mac_counter",
     1: "alignment annotation attention bytecode capture checkpoint_hooks compiled copying dataflow eager effects "
-    "example_values exported given graph guards held hooks modes mutation operation_names operators parametrized "
-    "parts pass_base patching pickling places products proxies recording resizing rewriting runtime scopes shapes "
-    "signs state symbolic tracing uncounted",
+    "example_values exported given graph guards held hooks inputs modes mutation operation_names operators "
+    "parametrized parts pass_base patching pickling places products proxies recording resizing rewriting runtime "
+    "scopes shapes signs state symbolic tracing uncounted",
     2: "cost choices report resume two_passes",
     3: "training step ascent_step",
     4: "__init__ prepare search search_result baselines checkpoint data models networks plots cli demo image_task "

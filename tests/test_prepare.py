@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from saq_fx.annotation import record_of
 from saq_fx.errors import CalibrationError, PassError, PatternError, SaqError, TracingError
 from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.inputs import split_inputs
 from saq_fx.precision import Policy, Precision
 from saq_fx.prepare import apply_policy, calibrate, layer_quantizers, prepare_saq
 from saq_fx.quantizers import Quantizer
 from saq_fx.recipe import Recipe
 from saq_fx.report import precision_report
-from saq_fx.tracing import split_inputs
 from tests.zoo import ZOO
 
 FAMILIES = (

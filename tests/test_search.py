@@ -21,11 +21,11 @@ from saq_fx.baselines import best_uniform, draw_random, measure_sensitivity
 from saq_fx.cost import CostTable, feasible_range
 from saq_fx.errors import CheckpointError, InfeasibleBudgetError, PatternError, PrecisionError, TrainingError
 from saq_fx.graph import layers
+from saq_fx.inputs import split_inputs
 from saq_fx.networks import SmallResNet
 from saq_fx.passes.relax_precision import RelaxPrecision
 from saq_fx.recipe import Recipe
 from saq_fx.search import SearchResult
-from saq_fx.tracing import split_inputs
 from tests.test_prepare import tensors
 from tests.zoo import ZOO
 

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from saq_fx import precision_report, prepare_saq
 from saq_fx.errors import TracingError
+from saq_fx.inputs import split_inputs
 from saq_fx.precision import write_whole
-from saq_fx.tracing import split_inputs
 
 Maker = Callable[[], tuple[nn.Module, Any]]
 Row = dict[str, Any]

@@ -11,6 +11,7 @@ from saq_fx.annotation import annotation_of, record_of
 from saq_fx.capture import capture
 from saq_fx.errors import PassError
 from saq_fx.graph import SaqGraphModule, graphs, layers
+from saq_fx.inputs import split_inputs
 from saq_fx.pass_base import FACTS, Pass, PassResult, Pipeline, check_facts
 from saq_fx.passes.annotate_layers import AnnotateLayers
 from saq_fx.passes.assign_precision import AssignPrecision
@@ -24,7 +25,6 @@ from saq_fx.passes.reestimate_batchnorm import ReestimateBatchNorm
 from saq_fx.passes.relax_precision import RelaxPrecision
 from saq_fx.passes.train_saq import TrainSaq
 from saq_fx.precision import Policy, Precision
-from saq_fx.tracing import split_inputs
 from saq_fx.training_recipe import TrainingRecipe
 from tests.zoo import ZOO
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from saq_fx.choices import choices
 from saq_fx.errors import PassError, PatternError, PrecisionError
 from saq_fx.graph import SaqGraphModule, layers
+from saq_fx.inputs import split_inputs
 from saq_fx.mixtures import MixtureQuantizer
 from saq_fx.networks import SmallResNet
 from saq_fx.pass_base import Pipeline
@@ -18,7 +19,6 @@ from saq_fx.passes.relax_precision import RelaxPrecision
 from saq_fx.precision import Policy, Precision
 from saq_fx.prepare import apply_policy, prepare_saq
 from saq_fx.recipe import Recipe
-from saq_fx.tracing import split_inputs
 from tests.test_prepare import tensors
 from tests.zoo import ZOO
 

@@ -90,7 +90,8 @@ def resized(value: Any) -> Any:
         if value.dim() == 5:
             return torch.cat([value, value], 2)
         axis = -2 if value.dim() >= 3 else -1
-        return torch.cat([value, value.narrow(axis, 0, 32)], axis) if value.dim() >= 3 else value[:, :-2]
+        more = value.narrow(axis, 0, min(32, value.shape[axis]))
+        return torch.cat([value, more], axis) if value.dim() >= 3 else value[:, :-2]
     if isinstance(value, dict):
         return {
             key: resized(each) if key not in ("boxes", "labels", "masks", "keypoints") else each
@@ -256,6 +257,16 @@ def transformers_models() -> Iterator[tuple[str, Maker]]:
     switch = {"num_decoder_layers": 2, "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
     moe = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4}
     grouped = {**words, "num_key_value_heads": 2, "use_cache": False}
+    bart = {
+        **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 100, "use_cache": False},
+        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    }
+    sounds = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": tokens["input_ids"]}
+    spectrogram = {"input_values": torch.randn(2, 32, 16)}
+    series = {"num_input_channels": 2, "context_length": 16, "prediction_length": 4, "patch_length": 4, "d_model": 32}
+    hiera = {"embed_dim": 16, "image_size": [64, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
+    clip = {"text_config": {**words, "eos_token_id": 2}, "vision_config": images, "projection_dim": 16}
     segformer = {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "decoder_hidden_size": 32}
     gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
     distil = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}
@@ -283,6 +294,22 @@ def transformers_models() -> Iterator[tuple[str, Maker]]:
         ("DeiT", "ForImageClassification", images, pixels),
         ("Swin", "ForImageClassification", swin, pixels),
         ("Segformer", "ForSemanticSegmentation", segformer, {"pixel_values": torch.randn(2, 3, 64, 64)}),
+        ("Albert", "ForSequenceClassification", {**words, "embedding_size": 32}, tokens),
+        ("MPNet", "ForSequenceClassification", words, tokens),
+        ("GPTNeoX", "ForCausalLM", {**words, "use_cache": False}, tokens),
+        ("Gemma2", "ForCausalLM", {**grouped, "head_dim": 16}, tokens),
+        ("Phi", "ForCausalLM", {**words, "use_cache": False}, tokens),
+        ("Bloom", "ForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100}, tokens),
+        ("Mamba", "ForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100}, tokens),
+        ("Bart", "Model", bart, both),
+        ("Whisper", "Model", {**bart, "num_mel_bins": 8, "max_source_positions": 20}, sounds),
+        ("AST", "Model", {**small, "patch_size": 8, "num_mel_bins": 16, "max_length": 32}, spectrogram),
+        ("PatchTST", "ForPrediction", series, {"past_values": torch.randn(2, 16, 2)}),
+        ("Beit", "ForImageClassification", {**images, "use_relative_position_bias": True}, pixels),
+        ("Dinov2", "Model", {**small, "image_size": 32, "patch_size": 8}, pixels),
+        ("Hiera", "Model", hiera, {"pixel_values": torch.randn(2, 3, 64, 64)}),
+        ("VideoMAE", "Model", {**images, "num_frames": 4}, {"pixel_values": torch.randn(2, 4, 3, 32, 32)}),
+        ("CLIP", "Model", clip, {**tokens, **pixels}),
     ]
     for family, head, options, inputs in table:
         config = getattr(transformers, f"{family}Config")

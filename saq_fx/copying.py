@@ -27,7 +27,7 @@ _Memo = dict[int, Any]
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; raises TracingError, saying why and what to do, for a model that has none."""
+    """A deep copy, of modules before they were compiled; raises TracingError, saying why, for a model that has none."""
     original: Callable[[Tensor, _Memo], Tensor] = Tensor.__deepcopy__
 
     def __deepcopy__(tensor: Tensor, memo: _Memo) -> Tensor:
@@ -106,7 +106,7 @@ def _copy(value: Any, memo: _Memo) -> Any:
 def _copy_tensor(tensor: Tensor, memo: Any) -> Tensor:
     """As `copy.deepcopy`, in a tenth of the time where a tensor is all that there is in its memory."""
     is_ordinary = tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda") and not tensor.requires_grad
-    if not is_ordinary or vars(tensor) or not tensor.is_contiguous():
+    if not is_ordinary or vars(tensor) or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return copy.deepcopy(tensor, memo)
     memory, copies = tensor.untyped_storage(), memo.setdefault("torch", {})
     if id(tensor) in memo or memory._cdata in copies or memory.nbytes() != tensor.nbytes:
@@ -120,10 +120,16 @@ def _copy_parameter(parameter: nn.Parameter, memo: _Memo) -> nn.Parameter:
     """As `copy.deepcopy`, with the hooks of its gradient."""
     if id(parameter) in memo:
         return cast("nn.Parameter", memo[id(parameter)])
-    own: nn.Parameter = parameter.__deepcopy__(memo)  # type: ignore[no-untyped-call]
-    for hook in (parameter._backward_hooks or {}).values():
-        own.register_hook(hook)  # type: ignore[no-untyped-call]
-    return own
+    own: Any = parameter.__deepcopy__(memo)  # type: ignore[no-untyped-call]
+    memo[id(parameter)] = own
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        own.requires_grad_(True)  # that of a frozen one runs as soon as it is not
+        for hook in (parameter._backward_hooks or {}).values():
+            own.register_hook(_copy(hook, memo))
+        for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+            own.register_post_accumulate_grad_hook(_copy(hook, memo))
+        own.requires_grad_(parameter.requires_grad)
+    return cast("nn.Parameter", own)
 
 
 def _copy_function(function: FunctionType, memo: _Memo) -> FunctionType:

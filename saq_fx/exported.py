@@ -23,18 +23,28 @@ _TRAINING_ARGUMENT: dict[Any, int] = {
     _ATEN.alpha_dropout.default: 2,
     _ATEN.feature_alpha_dropout.default: 2,
 }
-_COUNTER = "num_batches_tracked"
+_BATCH_NORMS = (
+    _ATEN._native_batch_norm_legit_functional.default,
+    _ATEN._native_batch_norm_legit_no_training.default,
+)
 
 
 def from_exported(program: ExportedProgram) -> SaqGraphModule:
     """The program's own graph, in evaluation mode at first; the program is not changed.
 
-    What the model did in one mode only, other than by BatchNorm and dropout, stays as it was exported. So do those of
-    these that were in the other mode than most of them: a frozen BatchNorm, a dropout that never stops.
+    What the model did in one mode only, other than by BatchNorm and dropout, stays as it was exported. So does, of a
+    program with any of these in training mode, what was not in it (a frozen BatchNorm), and a dropout that
+    `run_decompositions` has made other operations.
     """
     exported: Any = program.module(check_guards=False)
     graph: fx.Graph = exported.graph
-    _recompose(graph)
+    for node in list(graph.nodes):
+        if node.target is _ATEN.convolution.default:
+            _make_convolution(exported, node)
+        elif node.target in _BATCH_NORMS:
+            _make_batch_norm(node)
+        elif node.target is _ATEN.native_dropout.default and _items(node).keys() <= {0}:
+            _replace_first_item(node, _ATEN.dropout.default, node.args)
     gm = SaqGraphModule(exported, graph, "Exported")
     add_training_flag(gm, False)
     _follow_mode(gm)
@@ -47,50 +57,44 @@ def _follow_mode(gm: SaqGraphModule) -> None:
     """Puts a flag that is read at every call in the place of those that export has frozen."""
     in_mode: dict[Any, list[fx.Node]] = {True: [], False: []}
     for node in gm.graph.nodes:
-        if node.target in _TRAINING_ARGUMENT:
+        has_no_statistics = node.target is _ATEN.batch_norm.default and node.args[3] is None
+        if node.target in _TRAINING_ARGUMENT and not has_no_statistics:
             in_mode[node.args[_TRAINING_ARGUMENT[node.target]]].append(node)
-    following = max(in_mode.values(), key=len)
+    following = in_mode[True] or in_mode[False]
     if not following:
         return
     with gm.graph.inserting_before(following[0]):
         flag = gm.graph.call_module(flag_path(""))
     for node in following:
         node.update_arg(_TRAINING_ARGUMENT[node.target], flag)
-        if node.target is _ATEN.batch_norm.default:
-            _count_batches(gm, node, flag)
+    _count_batches(gm, [node for node in following if node.target is _ATEN.batch_norm.default], flag)
 
 
-def _count_batches(gm: SaqGraphModule, norm: fx.Node, flag: fx.Node) -> None:
-    statistics: Any = norm.args[3]
-    counter = join_path(str(getattr(statistics, "target", "")).rpartition(".")[0], _COUNTER)
-    if isinstance(attribute_at(gm, counter), torch.Tensor):
-        with gm.graph.inserting_before(norm):
-            count = gm.graph.get_attr(counter)
-            gm.graph.call_function(OnlyIn(_ATEN.add_.Tensor, training=True, used=False), (flag, count, 1))
+def _count_batches(gm: SaqGraphModule, norms: list[fx.Node], flag: fx.Node) -> None:
+    """Has the counters of BatchNorms count in training, which is exported in that mode only."""
+    statistics = [str(norm.args[3].target) for norm in norms if getattr(norm.args[3], "op", "") == "get_attr"]  # type: ignore[union-attr]
+    counters = {join_path(path.rpartition(".")[0], "num_batches_tracked") for path in statistics}
+    for node in reversed(gm.graph.nodes):
+        counter: Any = node.args[0] if node.target in (_ATEN.add_.Tensor, _ATEN.copy_.default) else None
+        while getattr(counter, "target", None) is _ATEN.add_.Tensor:
+            counter = counter.args[0]
+        if getattr(counter, "op", "") == "get_attr" and counter.target in counters:
+            node.replace_all_uses_with(counter)
+            gm.graph.erase_node(node)
+    for norm in norms:
+        path = join_path(str(getattr(norm.args[3], "target", "")).rpartition(".")[0], "num_batches_tracked")
+        if path in counters and isinstance(attribute_at(gm, path), torch.Tensor):
+            with gm.graph.inserting_before(norm):
+                count = OnlyIn(_ATEN.add_.Tensor, training=True, used=False)
+                gm.graph.call_function(count, (flag, gm.graph.get_attr(path), 1))
 
 
-def _recompose(graph: fx.Graph) -> None:
-    """Makes what `run_decompositions` takes apart what it was: convolutions, BatchNorm and dropout.
-
-    And takes out the steps of BatchNorm's counters, which were exported in one mode only.
-    """
-    for node in list(graph.nodes):
-        if node.target is _ATEN.convolution.default:
-            _make_convolution(node)
-        elif node.target in (
-            _ATEN._native_batch_norm_legit_functional.default,
-            _ATEN._native_batch_norm_legit_no_training.default,
-        ):
-            _make_batch_norm(node)
-        elif node.target is _ATEN.native_dropout.default and _items(node).keys() <= {0}:
-            _replace_first_item(node, _ATEN.dropout.default, node.args)
-        elif node.target in (_ATEN.add_.Tensor, _ATEN.copy_.default) and str(node.args[0]).endswith(_COUNTER):
-            graph.erase_node(node)
-
-
-def _make_convolution(node: fx.Node) -> None:
-    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
-    dimensions = len(stride)  # type: ignore[arg-type]
+def _make_convolution(exported: torch.nn.Module, node: fx.Node) -> None:
+    x, weight, bias, *options, transposed, output_padding, groups = node.args
+    known = attribute_at(exported, str(getattr(weight, "target", "")))
+    dimensions = known.dim() - 2 if isinstance(known, torch.Tensor) else max(map(len, options))  # type: ignore[arg-type]
+    lists: Any = [each * dimensions if len(each) == 1 else each for each in (*options, output_padding)]  # type: ignore[arg-type, operator]
+    stride, padding, dilation, output_padding = lists
     if transposed:
         node.target = operator_named(f"conv_transpose{dimensions}d").function
         node.args = (x, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -103,16 +107,16 @@ def _make_batch_norm(node: fx.Node) -> None:
     """Of a BatchNorm that moves, if at all, statistics that are buffers."""
     x, weight, bias, mean, variance, *is_training, momentum, eps = node.args
     items = _items(node)
-    moved = [(mean, items.get(3)), (variance, items.get(4))]
-    copies = [user for _, item in moved if item is not None for user in item.users]
-    known = [(statistic, item) for statistic, item in moved if item is not None]
-    is_plain = getattr(mean, "op", "") == "get_attr" and not items.keys() & {1, 2}
-    if not is_plain or [(copy.target, *copy.args) for copy in copies] != [
-        (_ATEN.copy_.default, *each) for each in known
-    ]:
+    if getattr(mean, "op", "") != "get_attr" or items.keys() & {1, 2}:
         return
-    for each in (*copies, *(item for _, item in known)):
-        node.graph.erase_node(each)
+    for statistics, index in ((mean, 3), (variance, 4)):
+        if index in items:
+            # BatchNorm writes them itself, and what is called next reads them.
+            items[index].replace_all_uses_with(statistics)  # type: ignore[arg-type]
+            for user in list(statistics.users):  # type: ignore[union-attr]
+                if user.target is _ATEN.copy_.default and user.args == (statistics, statistics):
+                    node.graph.erase_node(user)
+            node.graph.erase_node(items[index])
     arguments = (x, weight, bias, mean, variance, is_training == [True], momentum, eps, False)
     _replace_first_item(node, _ATEN.batch_norm.default, arguments)
 

@@ -43,9 +43,6 @@ class SaqGraphModule(fx.GraphModule):
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "SaqGraphModule") -> None:
         super().__init__(root, graph, class_name)
         _complete(self, root)
-        buffers = {name for name, _ in self.named_buffers()}
-        if buffers:
-            self._keep_out_of_state(buffers - set(root.state_dict(keep_vars=True)))
         self.training = root.training
         self.register_load_state_dict_post_hook(_read_bits)  # type: ignore[no-untyped-call]
 
@@ -79,7 +76,7 @@ class SaqGraphModule(fx.GraphModule):
         """This module as an object of the class of the model that `around` was given; both have one state."""
         kind: Any = self._python_class
         model: nn.Module = object.__new__(kind)
-        model.__dict__ = self.__dict__
+        object.__setattr__(model, "__dict__", self.__dict__)  # whatever the class does with attributes
         return model
 
     def act_as(self, module: nn.Module) -> None:
@@ -106,12 +103,6 @@ class SaqGraphModule(fx.GraphModule):
         if "_acts_as" in vars(self):
             self.__class__ = new_class("GraphModuleImpl", (SaqGraphModule, vars(self)["_acts_as"]))
             add_properties(self)
-
-    def _keep_out_of_state(self, buffers: set[str]) -> None:
-        """Buffers that the model does not save (constants met while tracing, too) are not saved here either."""
-        for path in buffers:
-            owner, _, name = path.rpartition(".")
-            self.get_submodule(owner)._non_persistent_buffers_set.add(name)
 
     @property
     def code(self) -> str:
@@ -172,6 +163,9 @@ def _complete(module: nn.Module, model: nn.Module) -> None:
         for name, tensor in vars(model)[kind].items():
             if name in held or tensor is not None:
                 held[name] = held.pop(name, tensor)
+    # Constants that were met while tracing are no buffers of the model.
+    added = vars(module)["_buffers"].keys() - model._buffers.keys()
+    module._non_persistent_buffers_set.update(added, model._non_persistent_buffers_set)
     for name, of_model in model._modules.items():
         if of_model is None:
             continue

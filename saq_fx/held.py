@@ -42,7 +42,7 @@ class Snapshot:
     """What attributes, buffers or variables are now, with all that the containers among them hold."""
 
     def __init__(self, held: Mapping[str, Any]) -> None:
-        self._all = list(held.values())
+        self._names, self._all = list(held), list(held.values())
         self.values = {name: value for name, value in held.items() if name not in STRUCTURE}
         self._contents: dict[str, list[tuple[Any, Any]]] = {}
         mutable = [(name, value) for name, value in self.values.items() if type(value) not in PLAIN_TYPES]
@@ -63,8 +63,8 @@ class Snapshot:
         return [name for name, value in items if self._is_moved(name, value)]
 
     def is_current(self, held: Mapping[str, Any]) -> bool:
-        """Whether all of them are what they were, and none is a container or a generator."""
-        is_comparable = len(held) == len(self._all) and not (self._contents or self._drawn_from)
+        """Whether all of them are what they were; False if a container or a generator is among them."""
+        is_comparable = not (self._contents or self._drawn_from) and list(held) == self._names
         return is_comparable and all(map(operator.is_, held.values(), self._all))
 
     def put_back(self, held: MutableMapping[str, Any], names: Iterable[str]) -> None:
@@ -91,8 +91,10 @@ class Snapshot:
         if any(not is_same(*each) for each in contents):
             return True
         if value is before:
-            drawn = name in self._drawn_from and GENERATORS[type(value)][0](value)
-            return bool(drawn) and pickle.dumps(drawn) != pickle.dumps(self._drawn_from[name])
+            if name not in self._drawn_from:
+                return False
+            drawn = GENERATORS[type(value)][0](value)  # arrays or tensors, perhaps in containers
+            return pickle.dumps(drawn) != pickle.dumps(self._drawn_from[name])
         if _is(value, _PLAIN):
             return type(value) is not type(before) or value != before
         is_other = type(value) in _CONTAINERS and not is_same(value, before)

@@ -63,6 +63,11 @@ def _product_macs(left: int) -> MacFormula:
     return lambda args, output: math.prod(output) * int(args[left][-1])
 
 
+def _inner_macs(args: Sequence[Any], output: Shape) -> int:
+    """Output elements times the length of the last axes; a number times a tensor has none."""
+    return math.prod(output) * (int(args[0][-1]) if args[0] and args[1] else 1)
+
+
 def _einsum_macs(args: Sequence[Any], output: Shape) -> int:
     """Product of the sizes of all distinct indices."""
     sizes: dict[str, int] = {}
@@ -85,7 +90,7 @@ def _label_axes(term: str, shape: Shape) -> list[tuple[str, int]]:
 
 def _tensordot_macs(args: Sequence[Any], output: Shape) -> int:
     """Output elements times the sizes of the contracted axes: the last ones of the first operand, or those named."""
-    left, _, axes = args
+    left, axes = args[0], args[2] if len(args) > 2 else 2
     contracted = left[len(left) - axes :] if isinstance(axes, int) else [left[axis] for axis in axes[0]]
     return math.prod(output) * int(math.prod(contracted))
 
@@ -216,7 +221,7 @@ OPERATORS: tuple[Operator, ...] = (
         ("input", "other"),
         activation=0,
         weight=1,
-        macs=_product_macs(0),
+        macs=_inner_macs,
         aliases=(torch.ops.aten.inner.default,),
         methods=("inner",),
     ),

@@ -1,12 +1,14 @@
 """Graphs as plain data, which pickles: `fx` drops what nodes have been annotated with."""
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 from torch.fx.node import _get_qualified_name
 
 from saq_fx import annotation
+from saq_fx.effects import OnlyIn
 
 
 def dump_graph(graph: fx.Graph) -> dict[str, Any]:
@@ -28,8 +30,16 @@ def _dump_target(target: Any) -> Any:
     """A function by its public name, since several of torch's (`F.max_pool2d`, operator overloads) do not pickle."""
     if isinstance(target, str):
         return target
+    if isinstance(target, OnlyIn):
+        return replace(target, function=_dump_target(target.function))
     name = _get_qualified_name(target)
     return _Function(name) if _find_function(name) is target else target
+
+
+def _load_target(target: Any) -> Any:
+    if isinstance(target, OnlyIn):
+        return replace(target, function=_load_target(target.function))
+    return _find_function(target.name) if isinstance(target, _Function) else target
 
 
 def _find_function(name: str) -> Any:
@@ -58,8 +68,7 @@ def load_graph(data: dict[str, Any]) -> fx.Graph:
     graph = fx.Graph()
     nodes: list[fx.Node] = []
     for op, name, target, args, kwargs in data["nodes"]:
-        target = _find_function(target.name) if isinstance(target, _Function) else target
-        node = graph.create_node(op, target, _resolve(args, nodes), _resolve(kwargs, nodes), name=name)
+        node = graph.create_node(op, _load_target(target), _resolve(args, nodes), _resolve(kwargs, nodes), name=name)
         nodes.append(node)
     annotation.restore_meta(nodes, data["metas"])
     graph.set_codegen(data["codegen"])

@@ -3,7 +3,7 @@
 import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
@@ -137,7 +137,7 @@ _OPERATORS = {
     np.power: operator.pow,
     np.remainder: operator.mod,
 }
-_is_method = cache(is_tensor_method_or_property)
+_is_method = lru_cache(4096)(is_tensor_method_or_property)
 _FUNCTIONS = (BuiltinFunctionType, FunctionType, MethodDescriptorType)
 _OWN_ATTRIBUTES = ("tracer", "node", "root", "attr", "_node")
 

@@ -8,6 +8,7 @@ from torch import fx, nn
 from saq_fx.annotation import annotation_of, is_training_only, join_path, owner_path, record_of
 from saq_fx.dataflow import is_constant, reads_shape_only, tensor_at
 from saq_fx.graph import SaqGraphModule, called_module, held_by, parts_of
+from saq_fx.inputs import is_plain
 from saq_fx.mutation import MAKES_NEW, VIEWS
 from saq_fx.operation_names import operation_name
 from saq_fx.operators import operator_of, uncounted_reason
@@ -41,6 +42,8 @@ def problem_of(gm: nn.Module, node: fx.Node, measured: Measured) -> str | None:
         return "its operands are not two tensors"
     if entry.name == "einsum" and len(node.args) != 3:
         return "an einsum of more or fewer than two tensors"
+    if entry.name == "tensordot" and not is_plain(node.args[2:]):
+        return "the axes of a tensordot that are computed, or in tensors"
     is_lookup, has_parameter = entry.name == "embedding", False
     for operand in operands[is_lookup:]:
         tensor = tensor_at(gm, str(operand.target)) if operand.op == "get_attr" else None
@@ -59,10 +62,10 @@ def may_multiply(gm: SaqGraphModule, node: fx.Node) -> bool:
         module = called_module(gm, node)
         own = type(module).__module__
         # A parametrization (spectral norm) computes with the weight that it is given.
-        is_plain = own.startswith(("torch.nn", "saq_fx")) and not (
+        is_known = own.startswith(("torch.nn", "saq_fx")) and not (
             own.startswith("torch.nn.utils") or has_weights(module)
         )
-        return not (is_plain or isinstance(module, SaqGraphModule))
+        return not (is_known or isinstance(module, SaqGraphModule))
     if node.op not in ("call_function", "call_method"):
         return False
     if operator_of(node) is not None:

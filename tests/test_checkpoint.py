@@ -171,3 +171,37 @@ def test_extra_state_is_in_checkpoints(
     assert [each.state_dict()[key] for each in (gm, copied, model)] == [{"seen": 5}, {"seen": 1}, {"seen": 1}]
     with pytest.raises(CheckpointError, match=rf"{key} is of type dict, .*: have get_extra_state return a tensor"):
         saq_fx.save(saq_fx.prepare_saq(model, example_inputs=x), tmp_path / "model.safetensors")
+
+
+class Resizing(nn.Module):
+    """Makes room for a buffer of another size before it loads it, and saves another under an older name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("queue", torch.zeros(1, 3))
+        self.register_buffer("scale", torch.ones(3))
+        self.register_load_state_dict_pre_hook(self.make_room)
+        self.register_state_dict_post_hook(self.rename)
+
+    @staticmethod
+    def make_room(module: "Resizing", state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        module.queue = torch.zeros_like(state[f"{prefix}queue"])
+        state[f"{prefix}scale"] = state.pop(f"{prefix}factor")
+
+    @staticmethod
+    def rename(module: "Resizing", state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        state[f"{prefix}factor"] = state.pop(f"{prefix}scale")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale + self.queue.sum(0)
+
+
+def test_hooks_of_checkpoints_see_the_graph() -> None:
+    x, other = torch.randn(2, 3), Resizing()
+    other.queue, other.scale = torch.ones(4, 3), torch.full((3,), 2.0)
+    once = saq_fx.prepare_saq(Resizing(), example_inputs=x, precision=None)
+    for gm in (once, saq_fx.prepare_saq(once, example_inputs=x, precision=None), pickle.loads(pickle.dumps(once))):
+        assert gm.state_dict().keys() == other.state_dict().keys()
+        gm.load_state_dict(other.state_dict())
+        assert torch.equal(gm(x), other(x))

@@ -163,3 +163,57 @@ def test_wrappers_that_pass_off_attributes_are_copied() -> None:
         assert torch.equal(each(x), model(x))
         each.get_parameter("1.wrapped.weight").data.zero_()
     assert torch.equal(gm(x), model(x))
+
+
+class Copied(nn.Parameter):
+    """Says itself how it is copied."""
+
+    def __deepcopy__(self, memo: Any) -> "Copied":
+        return Copied(self.data.clone(), self.requires_grad)
+
+
+class Hooked(nn.Module):
+    """Two names of one parameter, views of a complex buffer, and hooks of gradients, of which one knows the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.weight = self.again = Copied(torch.randn(3, 3))
+        complex_numbers = torch.randn(3, dtype=torch.cfloat)
+        self.register_buffer("conjugate", complex_numbers.conj())
+        self.register_buffer("numbers", complex_numbers)
+        self.register_buffer("mask", torch.ones(3, 3))
+        self.layer.weight.register_hook(lambda gradient: gradient * self.mask)
+        self.layer.bias.register_hook(double_gradient)
+        self.layer.bias.requires_grad_(False)
+        self.weight.register_post_accumulate_grad_hook(halve)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(self.layer(x), self.weight), self.again) + self.numbers.imag
+
+
+def double_gradient(gradient: Tensor) -> Tensor:
+    return 2 * gradient
+
+
+def halve(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(0.5)
+
+
+def test_parameters_of_other_classes_and_hooks_of_gradients() -> None:
+    model, x = Hooked(), torch.randn(2, 3)
+    gm = prepare_saq(model, example_inputs=x, precision=None)
+    assert gm.weight is gm.again is not model.weight
+    assert torch.equal(gm.numbers, model.numbers)
+    assert torch.equal(gm.conjugate, model.conjugate)
+    assert not gm.layer.bias.requires_grad
+    for each in (model, gm):
+        each.layer.bias.requires_grad_(True)
+        assert each(x).square().sum().backward() is None
+    for name, parameter in model.named_parameters():
+        assert torch.equal(gm.get_parameter(name).grad, parameter.grad)
+    gm.zero_grad()
+    gm.mask.zero_()
+    gm(x).sum().backward()
+    assert not gm.layer.weight.grad.any()

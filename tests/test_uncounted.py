@@ -99,6 +99,8 @@ LISTED: dict[str, tuple[Body, int]] = {
         2 * 3 * 6 * 9,
     ),
     "other_library": (lambda m, h: scaled_product(h, m.w), 0),
+    "tensordot_of_sizes": (lambda m, h: torch.tensordot(h, m.w, ([h.dim() - 1], [1])), LINEAR_MACS),
+    "tensordot_of_tensors": (lambda m, h: torch.tensordot(h, m.w, torch.tensor([[2], [1]])), LINEAR_MACS),
 }
 
 

@@ -74,7 +74,7 @@ def _count_batches(gm: SaqGraphModule, norms: list[fx.Node], flag: fx.Node) -> N
     """Has the counters of BatchNorms count in training, which is exported in that mode only."""
     statistics = [str(norm.args[3].target) for norm in norms if getattr(norm.args[3], "op", "") == "get_attr"]  # type: ignore[union-attr]
     counters = {join_path(path.rpartition(".")[0], "num_batches_tracked") for path in statistics}
-    for node in reversed(gm.graph.nodes):
+    for node in reversed(list(gm.graph.nodes)):
         counter: Any = node.args[0] if node.target in (_ATEN.add_.Tensor, _ATEN.copy_.default) else None
         while getattr(counter, "target", None) is _ATEN.add_.Tensor:
             counter = counter.args[0]

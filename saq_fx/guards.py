@@ -15,6 +15,7 @@ from saq_fx.graph import attribute_at
 from saq_fx.operation_names import source_of, writes_first
 from saq_fx.places import line_of_user
 from saq_fx.proxies import GuardedProxy
+from saq_fx.rewriting import last_node
 from saq_fx.runtime import CONCRETE, require_same_path
 
 
@@ -118,7 +119,7 @@ class GuardedTracer(fx.Tracer):
     def index(self, obj: fx.Proxy, frame: FrameType) -> int:
         """The int of a proxy, guarded, which code in that frame asks for."""
         expected = int(self.concrete(obj, "int"))
-        self._index_guards.append((next(reversed(self.graph.nodes)), frame, frame.f_lasti))
+        self._index_guards.append((last_node(self.graph), frame, frame.f_lasti))
         return expected
 
     def drop_guards_of_call(self, frame: FrameType | None) -> None:
@@ -134,7 +135,7 @@ class GuardedTracer(fx.Tracer):
             running.add((id(frame), frame.f_lasti))
             frame = frame.f_back
         for guard, asking, instruction in reversed(guards):
-            if (id(asking), instruction) not in running or guard is not next(reversed(self.graph.nodes)):
+            if (id(asking), instruction) not in running or guard is not last_node(self.graph):
                 break
             self.graph.erase_node(guard)
             self._examples.forget(guard)

@@ -12,6 +12,7 @@ from torch import fx, nn
 from saq_fx.effects import has_effects
 from saq_fx.held import Snapshot, forward_hooks, function_of, is_same, kept_by, modules_in
 from saq_fx.modes import is_within
+from saq_fx.rewriting import last_node
 from saq_fx.runtime import require_same_path
 
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
@@ -121,7 +122,7 @@ class HookCalls:
                 self._before[id(hook)] = [(held, Snapshot(held)) for held in kept_by(hook)]
             shown, returned = _Views(self._tracer), _Views(self._tracer)
             views = [shown.of(each) for each in given]
-            last = next(reversed(self._tracer.graph.nodes), None)
+            last = last_node(self._tracer.graph)
             result = hook(module, *views)
             computed = list(takewhile(lambda node: node is not last, reversed(self._tracer.graph.nodes)))
             shown.write_back()

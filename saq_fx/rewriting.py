@@ -19,6 +19,11 @@ def create_node(graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...] = (
     return node
 
 
+def last_node(graph: fx.Graph) -> fx.Node | None:
+    """The last node, None of an empty graph; in torch 2.11 its nodes in reverse are no iterator yet."""
+    return next(iter(reversed(graph.nodes)), None)
+
+
 def set_args(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
     """As `node.args = args`, which also takes the node out of the table of its graph's targets and puts it back."""
     fx.Node.args.fset(node, args)  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from saq_fx.operation_names import writes_first
 from saq_fx.patching import patched, telling_types
 from saq_fx.places import place_and_cause
 from saq_fx.proxies import TrainingMarker
-from saq_fx.rewriting import set_args
+from saq_fx.rewriting import last_node, set_args
 from saq_fx.runtime import build_object, class_name, find_class, is_importable, require_default, require_given
 from saq_fx.scopes import GradientFlow
 from saq_fx.state import Attributes, Kept, reject_written_buffers, rejected_chance, runs_python
@@ -217,7 +217,7 @@ class SymbolicTracer(GuardedTracer):
             self.untraceable.setdefault(path, "it attends to keys that are not its input's")
         if path in self.untraceable:
             return self._python_leaf(path, args, kwargs)
-        last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()
+        last, stack = last_node(self.graph), self.module_stack.copy()
         # Torch's own layers, which are most of the calls, have no code that sets any.
         attributes = self._attributes.of_part(m) if m._modules or runs_python(m) else None
         try:

@@ -31,7 +31,7 @@ class GuardedTracer(fx.Tracer):
         self.arguments = arguments
         self._examples = ExampleValues(self, arguments or {})
         self._of_buffers: dict[fx.Node, set[str]] = {}  # guards on what is decided by buffers
-        self._index_guards: list[tuple[fx.Node, FrameType, int]] = []
+        self._index_guards: list[tuple[fx.Node | None, FrameType, int]] = []
 
     @property
     def is_evaluating(self) -> bool:
@@ -135,7 +135,7 @@ class GuardedTracer(fx.Tracer):
             running.add((id(frame), frame.f_lasti))
             frame = frame.f_back
         for guard, asking, instruction in reversed(guards):
-            if (id(asking), instruction) not in running or guard is not last_node(self.graph):
+            if guard is None or (id(asking), instruction) not in running or guard is not last_node(self.graph):
                 break
             self.graph.erase_node(guard)
             self._examples.forget(guard)

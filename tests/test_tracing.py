@@ -303,6 +303,45 @@ def test_of_a_program_exported_in_training_only_what_was_in_it_follows_the_mode(
     assert not state["frozen.running_mean"].any()
 
 
+class Alike(nn.Module):
+    """Two BatchNorms whose paths make the same names of nodes, and a convolution by torch's own general function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3, 3, 3))
+        self.a, self.a_1 = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a_1(self.a(x))
+        return torch.ops.aten.convolution(x, self.weight, None, [1], [1], [1], False, [0], 1)
+
+
+def test_counters_and_convolutions_of_an_exported_program() -> None:
+    model, x = Alike().train(), torch.randn(2, 3, 8, 8)
+    gm = prepare_saq(torch.export.export(model, (x,)), example_inputs=x)
+    assert [layer.op for _, layer in layers(gm)] == ["conv2d", "conv2d"]
+    for training, count in ((False, 0), (True, 1), (False, 1)):
+        gm.train(training)(x)
+        state = gm.state_dict()
+        assert state["a.1.num_batches_tracked"] == state["a_1.num_batches_tracked"] == count
+
+
+class Generating(nn.Module):
+    """Has a generator that forward leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.generator = nn.Linear(3, 3), torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_a_generator_that_is_not_drawn_from_is_no_reason_to_stay_python() -> None:
+    gm = prepare_saq(Generating(), example_inputs=torch.randn(2, 3))
+    assert record_of(gm).tracing == "symbolic"
+
+
 class Apart(nn.Module):
     """What `run_decompositions` takes apart in several ways: all kinds of convolutions and normalization."""
 

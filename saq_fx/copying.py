@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from saq_fx.compiled import uncompile
 from saq_fx.errors import TracingError
-from saq_fx.held import (
-    PLAIN_TYPES,
-    STRUCTURE,
-    holds_modules,
-    is_immutable,
-    shared_with_hooks,
-)
+from saq_fx.held import PLAIN_TYPES, STRUCTURE, holds_modules, is_immutable, shared_with_hooks
 from saq_fx.parametrized import make_picklable
 from saq_fx.scopes import replaced
 

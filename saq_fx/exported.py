@@ -72,8 +72,9 @@ def _follow_mode(gm: SaqGraphModule) -> None:
 
 def _count_batches(gm: SaqGraphModule, norms: list[fx.Node], flag: fx.Node) -> None:
     """Has the counters of BatchNorms count in training, which is exported in that mode only."""
-    statistics = [str(norm.args[3].target) for norm in norms if getattr(norm.args[3], "op", "") == "get_attr"]  # type: ignore[union-attr]
-    counters = {join_path(path.rpartition(".")[0], "num_batches_tracked") for path in statistics}
+    means = {norm: str(getattr(norm.args[3], "target", "")) for norm in norms}
+    paths = {norm: join_path(mean.rpartition(".")[0], "num_batches_tracked") for norm, mean in means.items()}
+    counters = {path for path in paths.values() if isinstance(attribute_at(gm, path), torch.Tensor)}
     for node in reversed(list(gm.graph.nodes)):
         counter: Any = node.args[0] if node.target in (_ATEN.add_.Tensor, _ATEN.copy_.default) else None
         while getattr(counter, "target", None) is _ATEN.add_.Tensor:
@@ -81,9 +82,8 @@ def _count_batches(gm: SaqGraphModule, norms: list[fx.Node], flag: fx.Node) -> N
         if getattr(counter, "op", "") == "get_attr" and counter.target in counters:
             node.replace_all_uses_with(counter)
             gm.graph.erase_node(node)
-    for norm in norms:
-        path = join_path(str(getattr(norm.args[3], "target", "")).rpartition(".")[0], "num_batches_tracked")
-        if path in counters and isinstance(attribute_at(gm, path), torch.Tensor):
+    for norm, path in paths.items():
+        if path in counters:
             with gm.graph.inserting_before(norm):
                 count = OnlyIn(_ATEN.add_.Tensor, training=True, used=False)
                 gm.graph.call_function(count, (flag, gm.graph.get_attr(path), 1))

@@ -128,12 +128,6 @@ class SaqGraphModule(fx.GraphModule):
             # fully_shard put a class around fx's own: two such calls, one in the other, would never end.
             del outer.__call__, outer._wrapped_call  # type: ignore[attr-defined]
 
-    def state_tensor_names(self) -> set[str]:
-        """Names of all parameters and buffers, every alias of a tied one included."""
-        parameters = (name for name, _ in self.named_parameters(remove_duplicate=False))
-        buffers = (name for name, _ in self.named_buffers(remove_duplicate=False))
-        return {*parameters, *buffers}
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "SaqGraphModule":
         copied: SaqGraphModule = type(self).__new__(type(self))
         memo[id(self)] = copied

@@ -145,7 +145,7 @@ def _lint(gm: SaqGraphModule, done: list[str]) -> None:
 
 
 def _problem_in(gm: SaqGraphModule) -> str | None:
-    """What `gm.graph.lint()` looks for, which looks up targets name by name."""
+    """What is wrong with a graph, as `gm.graph.lint()` would find it in a longer time."""
     computed: set[fx.Node] = set()
     names: set[str] = set()
     for node in gm.graph.nodes:
